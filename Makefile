@@ -11,7 +11,7 @@ PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 quickstart:
 	@PYTHON="$(PYTHON)" scripts/quickstart.sh
 
-test: .venv/dev
+test: .venv/dev .venv/cuda
 	.venv/bin/python -m pytest -q -n 2 --dist worksteal
 
 check: .venv/dev
@@ -29,4 +29,10 @@ notebook: .venv/dev
 
 .venv/dev: pyproject.toml constraints.txt
 	@scripts/make_venv.sh "$(PYTHON)" '.[dev]'
+	@touch $@
+
+# Not part of the environment itself, where jax would load the plugin at every start.
+.venv/cuda: scripts/cuda_toolchain.txt .venv/dev
+	@rm -rf $@
+	$(PIP) --no-deps --target $@ -r scripts/cuda_toolchain.txt
 	@touch $@

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which implementation of an operation runs: the one rule for all operations."""
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+Implementation = Literal["auto", "mosaic", "cudnn", "xla"]
+
+# What `auto` tries, best first. "xla" is the plain JAX of a reference, which honours
+# everything, so every list of refusals may leave it out.
+PREFERENCE = ("mosaic", "cudnn", "xla")
+
+
+class Choice(NamedTuple):
+    """An implementation, and why it was taken, for a log."""
+
+    implementation: str
+    reason: str
+
+
+def choose(
+    operation: str,
+    asked: Implementation,
+    refusals: Mapping[str, list[str]],
+) -> Choice:
+    """Returns the implementation asked for, or the best that honours everything.
+
+    Args:
+      operation: its name, for the error.
+      asked: "auto", or the only one to be taken.
+      refusals: for each implementation there is, what it cannot honour of this call.
+
+    Raises:
+      ValueError: there is no such implementation of this operation.
+      NotImplementedError: the one asked for cannot honour all of the call; says what,
+        and which implementations can.
+    """
+    refusals = {**refusals, "xla": []}
+    able = [name for name in PREFERENCE if name in refusals and not refusals[name]]
+    if asked == "auto":
+        better = PREFERENCE[: PREFERENCE.index(able[0])]
+        passed = [
+            f"{n}: no {', no '.join(refusals[n])}" for n in better if n in refusals
+        ]
+        return Choice(able[0], "; ".join(passed) or "honours all that was asked")
+    if asked not in refusals:
+        raise ValueError(
+            f"{operation} got implementation={asked!r}; it has "
+            f"{', '.join(sorted(refusals))}, and auto."
+        )
+    if refusals[asked]:
+        raise NotImplementedError(
+            f"{operation} implementation={asked} cannot honour "
+            f"{', '.join(refusals[asked])}; use {' or '.join(able)}, which can."
+        )
+    return Choice(asked, "asked for")

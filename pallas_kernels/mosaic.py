@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mosaic GPU as our kernels use it: the one file that knows jax versions.
+
+Kernels take from here what interpret mode lacks (accumulators that start from a value,
+a left operand in registers, adding into global memory) and what differs between
+jax 0.11 and 0.12. All else they take from `plgpu` itself.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax._src import config as _jax_config
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks as _interpreter
+from jax._src.pallas.mosaic_gpu.interpret import shared_memory as _interpreter_memory
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+JAX_VERSION = tuple(int(part) for part in jax.__version__.split(".")[:2])
+
+
+def kernel(body: Callable[..., None], *, name: str, **options: Any) -> Callable:
+    """Returns `plgpu.kernel(body)` with fast exp2 and tanh, under a name for profiles.
+
+    Args:
+      body: takes the refs of inputs, outputs and scratch.
+      name: of the CUDA kernel.
+      options: `out_type`, `scratch_types`, `grid`, `grid_names`, `num_threads`, ... of
+        `plgpu.kernel`.
+    """
+    return plgpu.kernel(
+        body,
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+        ),
+        kernel_name=name,
+        **options,
+    )
+
+
+class Zeros:
+    """An accumulator of `accumulate` that starts from zero."""
+
+    def __init__(self, *shape: int):
+        self.shape = shape
+
+
+def accumulate(body: Callable[..., None], *starts: jax.Array | Zeros) -> Any:
+    """Runs body on tensor-core accumulators and returns what they hold at its end.
+
+    Every `wgmma` of one body is in flight at once; they are waited for at its end.
+
+    Args:
+      body: takes an accumulator for each start, for `wgmma`.
+      starts: float32 in the WGMMA layout, or `Zeros`.
+    """
+    if is_interpreted():
+        values = [
+            jnp.zeros(s.shape, jnp.float32) if isinstance(s, Zeros) else s
+            for s in starts
+        ]
+        ends = [_Accumulator(value) for value in values]
+        body(*ends)
+        ends = tuple(end.value for end in ends)
+    elif len(starts) == 1 and isinstance(starts[0], Zeros):
+
+        def run(accumulator):
+            body(accumulator)
+            return accumulator[...]
+
+        return pl.run_scoped(run, plgpu.ACC(starts[0].shape, jnp.float32))
+    else:
+        refs = tuple(plgpu.ACC.init(_started(start)) for start in starts)
+        ends = pl.run_state(lambda refs: body(*refs))(refs)
+    return ends if len(starts) > 1 else ends[0]
+
+
+def wgmma(accumulator: Any, a: Any, b: Any) -> None:
+    """Adds a @ b to an accumulator of `accumulate`; does not wait for it.
+
+    Args:
+      a: [m, k] bfloat16 or float16, in shared memory or in registers.
+      b: [k, n], in shared memory; `ref.transpose((1, 0))` of an [n, k] ref is free.
+    """
+    if not isinstance(accumulator, _Accumulator):
+        plgpu.wgmma(accumulator, a, b)
+        return
+    if isinstance(a, jax.Array):
+        # Interpret mode knows no operand in registers. The fence orders this plain read
+        # of b before a later TMA write to it, as wgmma's own read would be.
+        b_value = b[...]
+        plgpu.commit_smem()
+        product = jnp.dot(a, b_value, preferred_element_type=jnp.float32)
+    else:
+
+        def run(product):
+            plgpu.wgmma(product, a, b)
+            return product[...]
+
+        product = pl.run_scoped(run, plgpu.ACC(accumulator.value.shape, jnp.float32))
+    accumulator.value = accumulator.value + product
+
+
+class _Accumulator:
+    """Stands for an accumulator ref in interpret mode."""
+
+    def __init__(self, value: jax.Array):
+        self.value = value
+
+    def __getitem__(self, _: Any) -> jax.Array:
+        return self.value
+
+
+def _started(start: jax.Array | Zeros) -> jax.Array:
+    if isinstance(start, Zeros):
+        start = jnp.zeros(start.shape, jnp.float32)
+        return plgpu.layout_cast(start, plgpu.Layout.WGMMA)
+    return start
+
+
+def is_interpreted() -> bool:
+    """Returns whether kernels traced now run in interpret mode; see `interpret`."""
+    return _jax_config.pallas_tpu_interpret_mode_context_manager.value is not None
+
+
+@contextlib.contextmanager
+def interpret(detect_races: bool = True) -> Iterator[None]:
+    """Runs kernels traced inside on the CPU, with memory and barriers simulated.
+
+    Memory starts as NaN. `current_target()` is a Hopper GPU of two cores meanwhile.
+
+    Raises:
+      RuntimeError: two threads touched the same memory, unordered.
+    """
+    parameters = plgpu.InterpretGPUParams(detect_races=detect_races)
+    try:
+        with plgpu.force_gpu_interpret_mode(parameters), _tolerant_barriers():
+            yield
+        races = _interpreter._races
+        if races is not None and races.races_found:
+            raise RuntimeError("a kernel has a data race; see the log above")
+    except BaseException:
+        _interpreter.reset_gpu_interpret_mode_state()
+        raise
+
+
+@contextlib.contextmanager
+def _tolerant_barriers() -> Iterator[None]:
+    """Lets a kernel end with phases of a barrier that no thread waited for.
+
+    jax 0.11 calls that an error; it is not, and 0.12 no longer says so.
+    """
+    if JAX_VERSION >= (0, 12):
+        yield
+        return
+    barrier = _interpreter_memory.Barrier
+    strict = barrier.deallocate
+
+    def deallocate(self):
+        self.last_observed_phase_by_thread.clear()
+        strict(self)
+
+    barrier.deallocate = deallocate
+    try:
+        yield
+    finally:
+        barrier.deallocate = strict

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compilation for NVIDIA GPUs on a machine without one, and what the compiler says.
+
+`python -m pallas_kernels.offline attention [part of a case's name]` prints registers,
+spills, shared memory and tensor-core instructions of each kernel. It needs the CUDA
+plugin of jax, `ptxas`, libdevice and `nvdisasm`, but no driver and no GPU:
+`make .venv/cuda` puts them where `toolchain` looks.
+"""
+
+import dataclasses
+import importlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+
+from pallas_kernels.case import Case
+
+OPERATIONS = ("attention", "norm", "cross_entropy", "grouped_matmul", "quantize")
+TOOLCHAIN_VARIABLE = "PALLAS_KERNELS_CUDA"
+DEVICES = Path(__file__).parent / "devices"
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """What ptxas and the disassembler say of one kernel."""
+
+    kernel: str
+    registers: int  # per thread, at entry
+    spill_bytes: int  # stores and loads
+    stack_bytes: int
+    shared_bytes: int
+    hgmma: int  # tensor-core instructions in the text of the kernel
+    serialized_wgmma: bool  # ptxas waits after each one: C7510 and its like
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """How the compilation of a case ended."""
+
+    status: int  # 0, or that of the process: a wrong instruction aborts LLVM
+    output: str
+    kernels: tuple[Resources, ...]
+
+
+def described_mesh(
+    dims: Sequence[int] = (1,),
+    names: Sequence[str] = ("device",),
+    device: str = "nvidia_h200",
+    gpus_per_host: int = 8,
+) -> jax.sharding.Mesh:
+    """Returns a mesh of GPUs that are described, not there; needs the CUDA plugin.
+
+    Lower a jitted function under `jax.set_mesh` of it, on `jax.ShapeDtypeStruct`s with
+    shardings, and compile: the result has a memory analysis and its HLO text.
+    """
+    total = int(np.prod(dims))
+    hosts, rest = divmod(total, gpus_per_host)
+    shape = f"1x{hosts}x{gpus_per_host}" if hosts and not rest else f"1x1x{total}"
+    described = topologies.get_topology_desc(
+        "described",
+        platform="cuda",
+        target_config=(DEVICES / f"{device}.txtpb").read_text(),
+        topology=shape,
+    )
+    return jax.sharding.Mesh(
+        np.array(described.devices).reshape(dims),
+        tuple(names),
+        axis_types=(jax.sharding.AxisType.Explicit,) * len(names),
+    )
+
+
+def compile_case(case: Case, implementation: str = "mosaic") -> Any:
+    """Returns a case compiled for one described GPU; see `described_mesh`."""
+    mesh = described_mesh()
+    whole = jax.NamedSharding(mesh, jax.P())
+    arguments = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole) for x in case.inputs
+    ]
+    with jax.set_mesh(mesh):
+        return jax.jit(case.functions[implementation]).lower(*arguments).compile()
+
+
+def find_cases(operation: str, part: str = "") -> list[Case]:
+    """Returns the cases of an operation whose name contains part."""
+    module = importlib.import_module(f"pallas_kernels.{operation}.cases")
+    return [case for case in module.cases() if part in case.name]
+
+
+def toolchain() -> Path | None:
+    """Returns the folder of CUDA packages, or None: see `make .venv/cuda`."""
+    named = os.environ.get(TOOLCHAIN_VARIABLE)
+    folder = Path(named) if named else Path(sys.prefix) / "cuda"
+    return folder if (folder / "jax_plugins").is_dir() else None
+
+
+def compile_in_subprocess(operation: str, name: str) -> Compiled:
+    """Compiles one case in a process of its own and reads what the compiler said.
+
+    Raises:
+      FileNotFoundError: there is no toolchain.
+    """
+    folder = _existing_toolchain()
+    with tempfile.TemporaryDirectory() as dump:
+        environment = {
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "JAX_ENABLE_COMPILATION_CACHE": "false",
+            "PYTHONPATH": os.pathsep.join([str(folder), *sys.path]),
+            "MOSAIC_GPU_DUMP_TO": dump,
+            "MOSAIC_GPU_DUMP_PTX": "1",
+        }
+        ended = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pallas_kernels.offline",
+                "--child",
+                operation,
+                name,
+            ],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        found = [_resources(path, folder) for path in sorted(Path(dump).glob("*.ptx"))]
+    return Compiled(ended.returncode, ended.stdout + ended.stderr, tuple(found))
+
+
+def _existing_toolchain() -> Path:
+    folder = toolchain()
+    if folder is None:
+        raise FileNotFoundError(
+            f"compiling for a GPU needs the CUDA packages: run `make .venv/cuda`, or "
+            f"let {TOOLCHAIN_VARIABLE} name the folder that has them."
+        )
+    return folder
+
+
+def _resources(ptx: Path, folder: Path) -> Resources:
+    """Assembles a kernel as jax did, and reads what it takes."""
+    cubin = ptx.with_suffix(".cubin")
+    said = _run(folder, "ptxas", "-v", "-arch=sm_90a", str(ptx), "-o", str(cubin))
+    sass = _run(folder, "nvdisasm", "-c", str(cubin))
+    asked = ptx.with_suffix(".resources.txt").read_text()
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", said)
+    return Resources(
+        kernel=ptx.stem,
+        registers=_number(r"Used (\d+) registers", said),
+        spill_bytes=sum(map(int, spills)),
+        stack_bytes=_number(r"(\d+) bytes stack frame", said),
+        shared_bytes=_number(r"smem_scratch_bytes=(\d+)", asked),
+        hgmma=len(re.findall(r"\b[HQI]GMMA\b", sass)),
+        serialized_wgmma=bool(re.search(r"C75\d\d", said)),
+    )
+
+
+def _run(folder: Path, program: str, *arguments: str) -> str:
+    path = next(iter(sorted(folder.glob(f"nvidia/*/bin/{program}"))), program)
+    ended = subprocess.run(
+        [str(path), *arguments], capture_output=True, text=True, check=True
+    )
+    return ended.stdout + ended.stderr
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    return int(found.group(1)) if found else 0
+
+
+def format_resources(rows: Sequence[tuple[Case, Resources]]) -> str:
+    """Returns a Markdown table of kernels."""
+    lines = [
+        "| case | kernel | tile | registers | spills | shared | HGMMA | serialised |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for case, r in rows:
+        cells = (
+            *(case.name, r.kernel, case.tile, r.registers, r.spill_bytes),
+            *(r.shared_bytes, r.hgmma, "yes" if r.serialized_wgmma else "no"),
+        )
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Prints the table of the cases asked for; the exit status is 1 if one failed."""
+    if arguments[:1] == ["--child"]:
+        operation, name = arguments[1:]
+        compile_case(next(c for c in find_cases(operation) if c.name == name))
+        return 0
+    operations = [arguments[0]] if arguments else list(OPERATIONS)
+    part = arguments[1] if len(arguments) > 1 else ""
+    rows, failed = [], False
+    for operation in operations:
+        for case in find_cases(operation, part):
+            compiled = compile_in_subprocess(operation, case.name)
+            rows += [(case, resources) for resources in compiled.kernels]
+            if compiled.status:
+                failed = True
+                print(f"{operation} {case.name}: {compiled.output[-2000:]}")
+    print(format_resources(rows))
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
