@@ -2,10 +2,25 @@
 """One call of an operation at real shapes: to compile, to check and to time."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+
+# What `Case.least_seconds` assumes where nothing was measured: the best that an H200
+# gave on random bfloat16 matrices and in a copy, bytes read and written.
+H200_FLOPS_PER_S = 790e12
+H200_BYTES_PER_S = 4.3e12
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Search:
+    """The tiles that a case's kernel may run with, and where the best is written."""
+
+    kernel: str  # in `devices/<kind>.json`, such as "attention_forward"
+    call: Mapping[str, Any]  # what `tuning.find_tile` is asked for
+    tiles: tuple[Any, ...]  # frozen dataclasses; the shipped one among them
+    function: Callable[[Any], Callable]  # from a tile to what "mosaic" would run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,7 +35,15 @@ class Case:
     num_bytes: float  # each input read once and each output written once
     tile: Any  # what "mosaic" runs with
     make_inputs: Callable[[jax.Array], tuple[jax.Array, ...]]  # from a PRNG key
+    call: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # for bench/peers
+    reference: Callable | None = None  # on float32 inputs, in little memory; None: xla
+    search: Search | None = None  # None: nothing to choose
+    in_ci: bool = True  # compiled in every test run; scripts compile all
 
-    def least_seconds(self, flops_per_s: float, bytes_per_s: float) -> float:
+    def least_seconds(
+        self,
+        flops_per_s: float = H200_FLOPS_PER_S,
+        bytes_per_s: float = H200_BYTES_PER_S,
+    ) -> float:
         """Returns the time below which no implementation can come."""
         return max(self.flops / flops_per_s, self.num_bytes / bytes_per_s)
