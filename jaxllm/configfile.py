@@ -106,7 +106,11 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 
 
 def config_from_dict(values: Any) -> Config:
-    """Returns the Config of `config_to_dict`; each setting must be there, no other."""
+    """Returns the Config of `config_to_dict`; what is not there has its default.
+
+    Raises:
+      InputError: a setting is unknown, has a wrong value, or has no default.
+    """
     return _section_from_dict(Config, values, "config")
 
 
@@ -125,12 +129,17 @@ def _section_from_dict(kind: type, values: Any, name: str) -> Any:
             fields[field] = convert(value, hints[field])
             problems += type_problems(fields[field], hints[field], dotted)
     problems += [
-        f"{name}.{field} is missing; every setting must be there."
-        for field in hints
-        if field not in values
+        f"{name}.{field.name} is missing, and has no default."
+        for field in dataclasses.fields(kind)
+        if field.name not in values and not _has_default(field)
     ]
     _raise_problems(problems)
     return kind(**fields)
+
+
+def _has_default(field: dataclasses.Field) -> bool:
+    missing = dataclasses.MISSING
+    return field.default is not missing or field.default_factory is not missing
 
 
 def _raise_problems(problems: list[str]):

@@ -6,29 +6,42 @@ Standard library only: a resume can be refused before JAX is imported.
 
 import errno
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
 from jaxllm.config import Config, InputError
 from jaxllm.configfile import config_from_dict, config_to_dict
+from jaxllm.settings import setting_defaults
+
+_log = logging.getLogger(__name__)
 
 FILE = "config.json"
 _HARMLESS = ("model.remat", "model.dtype")  # same parameters, same tree on disk
 
 
 def read_config(workdir: Path) -> Config:
-    """Returns the config that the run in `workdir` was last started with."""
+    """Returns the config that the run in `workdir` was last started with.
+
+    Settings that are newer than the run have their defaults, with a warning.
+    """
     values = read_values(workdir)
     if values is None:
         raise InputError(
             f"--workdir={workdir} holds no run: it has no {FILE}; give the directory "
             "of a run, or --config to start one."
         )
+    path = Path(workdir) / FILE
     try:
-        return config_from_dict(values)
+        config = config_from_dict(values)
     except InputError as error:
-        raise InputError(f"{Path(workdir) / FILE}: {error}") from error
+        raise InputError(f"{path}: {error}") from error
+    filled = _flatten(config_to_dict(config))
+    if new := [name for name in filled if name not in _flatten(values)]:
+        added = ", ".join(f"config.{name}={filled[name]}" for name in new)
+        _log.warning("%s was written before these settings: %s", path, added)
+    return config
 
 
 def read_values(workdir: Path) -> dict[str, Any] | None:
@@ -81,9 +94,10 @@ def compare_configs(
 ) -> tuple[list[str], list[str]]:
     """Returns what forbids a resume under `new`, and what is only worth saying.
 
-    Both are `dataclasses.asdict` of a Config, before or after a trip through JSON.
+    Both are `dataclasses.asdict` of a Config, before or after a trip through JSON. A
+    setting that the old one lacks had its default: it is worth saying, no more.
     """
-    before, after = _flatten(old), _flatten(new)
+    before, after, defaults = _flatten(old), _flatten(new), setting_defaults()
     errors, notes = [], []
     for name in sorted(before.keys() | after.keys()):
         values = [side[name] if name in side else "unset" for side in (before, after)]
@@ -93,6 +107,8 @@ def compare_configs(
         is_error = name == "seed" or (
             name.startswith("model.") and name not in _HARMLESS
         )
+        if name not in before and name in defaults:
+            is_error &= after[name] != json.dumps(defaults[name])
         (errors if is_error else notes).append(change)
     return errors, notes
 

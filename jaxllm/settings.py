@@ -73,6 +73,16 @@ def setting_types() -> dict[str, Any]:
     return kinds
 
 
+def setting_defaults() -> dict[str, Any]:
+    """Returns the default of every setting that has one: {"seed": 0, ...}."""
+    return {
+        f"{name}.{field.name}".removeprefix("config."): field.default
+        for section, name in section_names().items()
+        for field in dataclasses.fields(section)
+        if field.default is not dataclasses.MISSING
+    }
+
+
 def section_names() -> dict[type, str]:
     """Returns {Config: "config", ModelConfig: "config.model", ...}."""
     names: dict[type, str] = {Config: "config"}

@@ -79,9 +79,16 @@ def test_settings_that_one_side_lacks_are_changes():
     old, new = dataclasses.asdict(CONFIG), dataclasses.asdict(CONFIG)
     del old["model"]["qk_norm"]
     old["logging"]["colour"] = "red"
+    del old["model"]["tie_embeddings"], old["kernels"]["attention"]
+    new["model"]["tie_embeddings"] = True
     errors, notes = compare_configs(old, new)
-    assert errors == ["config.model.qk_norm: unset -> false"]
-    assert notes == ['config.logging.colour: "red" -> unset']
+    # Before it was a setting, it did what is now its default.
+    assert errors == ["config.model.tie_embeddings: unset -> true"]
+    assert notes == [
+        'config.kernels.attention: unset -> "auto"',
+        'config.logging.colour: "red" -> unset',
+        "config.model.qk_norm: unset -> false",
+    ]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "\xff"])
@@ -114,6 +121,22 @@ def test_no_config_or_one_of_another_version_is_refused_by_its_path(tmp_path):
     with pytest.raises(InputError, match=r"config\.json: config\.stepz is not a sett"):
         read_config(tmp_path)
     assert read_values(tmp_path) == values
+
+
+def test_a_config_from_before_a_setting_has_its_default_and_says_so(tmp_path, caplog):
+    values = json.loads(json.dumps(dataclasses.asdict(CONFIG)))
+    del values["kernels"], values["model"]["mlp"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert read_config(tmp_path) == CONFIG
+    (message,) = caplog.messages
+    assert "config.json was written before these settings: " in message
+    assert 'config.model.mlp="swiglu"' in message
+    assert 'config.kernels.attention="auto"' in message
+    assert "config.steps" not in message
+    del values["model"]["d_ff"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(InputError, match=r"config\.model\.d_ff is missing, and has no"):
+        read_config(tmp_path)
 
 
 def test_a_full_disk_keeps_the_old_config_and_is_no_fault_of_the_input(
