@@ -11,6 +11,7 @@ from sharding.arrays import (
     out_sharding,
     reduce_to_storage,
 )
+from sharding.collectives import Collective, bill, read_collectives
 from sharding.errors import ShardingError
 from sharding.mesh import AXES, abstract_mesh, make_mesh, resolve_sizes
 from sharding.placement import Placement
@@ -22,12 +23,14 @@ __all__ = [
     "COMPUTE",
     "LETTERS",
     "STORAGE",
+    "Collective",
     "Placement",
     "Plan",
     "Row",
     "ShardingError",
     "abstract_mesh",
     "axes_of",
+    "bill",
     "constrain",
     "einsum",
     "gather",
@@ -36,6 +39,7 @@ __all__ = [
     "named_sharding",
     "out_sharding",
     "plan",
+    "read_collectives",
     "reduce_to_storage",
     "resolve_sizes",
     "spec",
