@@ -10,52 +10,102 @@ def attention_reference(
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
     *,
-    segments_BT: jax.Array | None,
-    positions_BT: jax.Array | None,
-    window: int,
-    softcap: float | None,
+    causal: bool = True,
+    segments_BT: jax.Array | None = None,
+    positions_BT: jax.Array | None = None,
+    window: int = 0,
+    softcap: float | None = None,
     scale: float,
+    sinks_N: jax.Array | None = None,
 ) -> jax.Array:
     """Returns what `attention` promises, with a T x S array of logits per head."""
+    mask_BTS = visible_keys(
+        q_BTNH.shape[1],
+        k_BSKH.shape[1],
+        causal=causal,
+        segments_BT=segments_BT,
+        positions_BT=positions_BT,
+        window=window,
+    )
+    out_BTNH, _ = masked_attention(
+        q_BTNH, k_BSKH, v_BSKH, mask_BTS, sinks_N, softcap=softcap, scale=scale
+    )
+    return out_BTNH
+
+
+def masked_attention(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    mask_BTS: jax.Array,
+    sinks_N: jax.Array | None,
+    *,
+    softcap: float | None,
+    scale: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns out_BTNH and lse_BNT: the log of the sum of exp(logits), sink included.
+
+    Sums are float32, or float64 for float64 inputs. A query that sees no key gets 0;
+    its lse is that of the sink alone, and without one -inf.
+    """
     b, t, n, h = q_BTNH.shape
     k = k_BSKH.shape[2]
+    wide = jnp.float64 if q_BTNH.dtype == jnp.float64 else jnp.float32
     q_BTKGH = q_BTNH.reshape(b, t, k, n // k, h)
     logits_BKGTS = jnp.einsum(
-        "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
+        "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=wide
     )
     logits_BKGTS = logits_BKGTS * scale
     if softcap is not None:
         logits_BKGTS = softcap * jnp.tanh(logits_BKGTS / softcap)
-    mask_BTS = visible_keys(t, k_BSKH.shape[1], segments_BT, positions_BT, window)
     mask_BKGTS = mask_BTS[:, None, None]
     logits_BKGTS = jnp.where(mask_BKGTS, logits_BKGTS, -1e30)
-    top_BKGT1 = jax.lax.stop_gradient(logits_BKGTS.max(-1, keepdims=True))
+    # No sink is a sink that weighs nothing.
+    sinks_N = jnp.full(n, -jnp.inf) if sinks_N is None else sinks_N
+    sinks_1KG11 = sinks_N.astype(wide).reshape(1, k, n // k, 1, 1)
+    top_BKGT1 = jnp.maximum(logits_BKGTS.max(-1, keepdims=True), sinks_1KG11)
+    top_BKGT1 = jax.lax.stop_gradient(top_BKGT1)
     weights_BKGTS = jnp.where(mask_BKGTS, jnp.exp(logits_BKGTS - top_BKGT1), 0.0)
+    total_BKGT1 = weights_BKGTS.sum(-1, keepdims=True)
+    total_BKGT1 = total_BKGT1 + jnp.exp(sinks_1KG11 - top_BKGT1)
+    lse_BKGT1 = jnp.where(total_BKGT1 > 0, top_BKGT1 + jnp.log(total_BKGT1), -jnp.inf)
     # A row that sees no key has weights 0 and must give 0, not 0 / 0.
-    total_BKGT1 = jnp.maximum(weights_BKGTS.sum(-1, keepdims=True), 1e-30)
-    weights_BKGTS = (weights_BKGTS / total_BKGT1).astype(v_BSKH.dtype)
+    weights_BKGTS = weights_BKGTS / jnp.maximum(total_BKGT1, 1e-30)
     out_BTKGH = jnp.einsum(
-        "BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH, preferred_element_type=jnp.float32
+        "BKGTS,BSKH->BTKGH",
+        weights_BKGTS.astype(v_BSKH.dtype),
+        v_BSKH,
+        preferred_element_type=wide,
     )
-    return out_BTKGH.reshape(b, t, n, h).astype(q_BTNH.dtype)
+    out_BTNH = out_BTKGH.reshape(b, t, n, h).astype(q_BTNH.dtype)
+    return out_BTNH, lse_BKGT1.reshape(b, n, t)
 
 
 def visible_keys(
     num_queries: int,
     num_keys: int,
-    segments_BT: jax.Array | None,
-    positions_BT: jax.Array | None,
-    window: int,
+    *,
+    causal: bool = True,
+    segments_BT: jax.Array | None = None,
+    positions_BT: jax.Array | None = None,
+    window: int = 0,
 ) -> jax.Array:
     """Returns mask_BTS: true where query t sees key s. B is 1 if rows do not differ."""
     if positions_BT is None:
         positions_BT = jnp.arange(num_queries, dtype=jnp.int32)[None]
     query_BT1 = positions_BT[:, :, None]
     key_11S = jnp.arange(num_keys, dtype=jnp.int32)[None, None]
-    mask_BTS = key_11S <= query_BT1
+    mask_BTS = jnp.broadcast_to(
+        key_11S >= 0, (positions_BT.shape[0], num_queries, num_keys)
+    )
+    if causal:
+        mask_BTS &= key_11S <= query_BT1
     if window:
-        mask_BTS &= key_11S > query_BT1 - window
+        mask_BTS &= jnp.abs(key_11S - query_BT1) < window
     if segments_BT is not None:
-        same_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
-        mask_BTS = mask_BTS & same_BTS & (segments_BT > 0)[:, :, None]
+        # A document is a run of equal ids: an id that returns is another document.
+        changes_BT = segments_BT[:, 1:] != segments_BT[:, :-1]
+        runs_BT = jnp.pad(jnp.cumsum(changes_BT, axis=1), ((0, 0), (1, 0)))
+        same_BTS = runs_BT[:, :, None] == runs_BT[:, None, :]
+        mask_BTS = mask_BTS & same_BTS & (segments_BT != 0)[:, :, None]
     return mask_BTS
