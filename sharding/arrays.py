@@ -75,6 +75,9 @@ def local(
 ) -> Callable[..., Any]:
     """Wraps a function of blocks in `shard_map`: each device gets its part by COMPUTE.
 
+    Its gradients are right where function's are: that of an argument is added up over
+    the mesh axes that cut other arguments but not this one.
+
     Args:
       function: takes one array for each entry of ins; sees local shapes only.
       ins: letters of the arguments.
@@ -89,10 +92,17 @@ def local(
             return tuple(map(place, out))
         return spec(out, COMPUTE, mesh) if isinstance(out, str) else out
 
+    in_specs, out_specs = tuple(place(letters) for letters in ins), place(outs)
+    # Along an axis that cuts nothing all devices do the same. Were it a part of this,
+    # gradients would be added up along it for nothing.
+    axes = {axis for axis in mesh.axis_names if mesh.shape[axis] == 1}
+    for cut in jax.tree.leaves((in_specs, out_specs)):
+        axes.update(*((a,) if isinstance(a, str) else a or () for a in cut))
     return jax.shard_map(
         function,
-        in_specs=tuple(place(letters) for letters in ins),
-        out_specs=place(outs),
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names=axes,
         check_vma=False,
     )
 

@@ -196,6 +196,7 @@ def replica_groups(attributes: str, mesh: jax.sharding.Mesh) -> Groups:
 
 
 def bytes_of(array: str) -> int:
+    """Returns the size of an array written as "bf16[128,4096]"."""
     dtype, _, dims = array.rstrip("]").partition("[")
     bits = _BITS.get(dtype) or int(re.sub(r"^[a-z]+(\d+).*", r"\1", dtype))
     return math.prod(int(d) for d in dims.split(",") if d) * bits // 8

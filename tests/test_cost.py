@@ -47,54 +47,26 @@ CONFIG = Config(
 
 
 @dataclasses.dataclass(frozen=True)
-class Collective:
+class Moved:
     """One tensor that one instruction moves between devices."""
 
     kind: str
     loop: str  # "forward", "backward" or "loss": the while-loop it is in, or ""
-    shape: tuple[int, ...]  # of the result on a device
+    shape: tuple[int, ...]  # that a device puts in
 
 
-def read_collectives(text: str) -> list[Collective]:
-    """Returns the collectives of an optimized HLO module between several devices."""
-    loops = {}
-    for body, name in re.findall(
-        r'while\(.*?body=%?([\w.-]+).*?op_name="([^"]*)"', text
-    ):
-        loops[body] = next(
-            loop
-            for word, loop in [
-                ("jvp(loss)", "loss"),
-                ("transpose(", "backward"),
-                ("jvp(", "forward"),
-                ("", "other"),
-            ]
-            if word in name
-        )
-    kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
-    found, computation = [], ""
-    for line in text.splitlines():
-        if start := re.match(r"(?:ENTRY )?%?([\w.-]+) .*\{$", line):
-            computation = start[1]
-        pattern = rf"\s+(?:ROOT )?%?[\w.-]+ = (.*?) ({kinds})(?:-start)?\((.*)"
-        if (match := re.match(pattern, line)) and _group_size(match[3]) > 1:
-            for dims in re.findall(r"\w+\[([\d,]*)\]", match[1]):
-                shape = tuple(int(dim) for dim in dims.split(",") if dim)
-                loop = loops.get(computation, "")
-                found.append(Collective(match[2], loop, shape))
+def moved(setup: Setup, step: jax.stages.Compiled) -> list[Moved]:
+    """Returns what a step moves, scalars of the metrics left out."""
+    text = step.as_text()
+    assert text is not None
+    found = []
+    for collective in sharding.read_collectives(text, setup.mesh):
+        loops = ("jvp(loss)", "loss"), ("transpose(", "backward"), ("jvp(", "forward")
+        loop = next((loop for word, loop in loops if word in collective.loop), "")
+        for array in collective.arrays:
+            shape = tuple(int(dim) for dim in re.findall(r"\d+", array.split("[")[1]))
+            found += [Moved(collective.kind, loop, shape)] if shape else []
     return found
-
-
-def _group_size(attributes: str) -> int:
-    """Reads the three ways in which XLA writes replica_groups."""
-    if match := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", attributes):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", match[2]))
-    if match := re.search(r"replica_groups=\[\d+,(\d+)\]<=", attributes):
-        return int(match[1])
-    if match := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
-        return len(match[1].split(","))
-    return 2  # a permutation has pairs
 
 
 @pytest.fixture(scope="module")
@@ -107,19 +79,21 @@ def steps(setups) -> dict[str, jax.stages.Compiled]:
     return {name: compile_step(setups[name]) for name in ("data", "fsdp", "tensor")}
 
 
-def counts(steps, name: str) -> dict[str, int]:
-    """Counts by loop and kind the tensors that are not scalars of the metrics."""
-    text = steps[name].as_text()
-    moved = [c for c in read_collectives(text) if c.shape]
+def counted(tensors: list[Moved]) -> dict[str, int]:
+    return dict(collections.Counter(f"{m.loop} {m.kind}".strip() for m in tensors))
+
+
+def counts(setups, steps, name: str) -> dict[str, int]:
+    """Counts by loop and kind what is not an activation."""
+    tensors = moved(setups[name], steps[name])
     if name == "tensor":
-        moved = [c for c in moved if not _is_activation(c.shape)]
-    return dict(collections.Counter(f"{c.loop} {c.kind}".strip() for c in moved))
+        tensors = [m for m in tensors if not _is_activation(m.shape)]
+    return counted(tensors)
 
 
-def activations(steps) -> dict[str, int]:
-    moved = [c for c in read_collectives(steps["tensor"].as_text()) if c.shape]
-    kept = [c for c in moved if _is_activation(c.shape)]
-    return dict(collections.Counter(f"{c.loop} {c.kind}".strip() for c in kept))
+def activations(setups, steps) -> dict[str, int]:
+    tensors = moved(setups["tensor"], steps["tensor"])
+    return counted([m for m in tensors if _is_activation(m.shape)])
 
 
 def _is_activation(shape: tuple[int, ...]) -> bool:
@@ -141,16 +115,18 @@ def test_a_layer_has_seven_matrices_and_two_scales(layer):
     assert layer == dict(matrix=7, scale=2)
 
 
-def test_data_parallel_steps_add_up_each_gradient_once(steps, layer):
-    assert counts(steps, "data") == {
+def test_data_parallel_steps_add_up_each_gradient_once(setups, steps, layer):
+    assert counts(setups, steps, "data") == {
         "backward all-reduce": layer["matrix"] + layer["scale"],
         "all-reduce": 3 + 1,  # embedding, output, final norm; the pair of losses
     }
 
 
 @pytest.mark.parametrize("name", ["fsdp", "tensor"])
-def test_weights_are_gathered_once_forward_and_once_backward(steps, layer, name):
-    found = counts(steps, name)
+def test_weights_are_gathered_once_forward_and_once_backward(
+    setups, steps, layer, name
+):
+    found = counts(setups, steps, name)
     assert found.pop("forward all-gather") == layer["matrix"] + layer["scale"]
     # A scale is small: it is kept from the forward pass.
     assert found.pop("backward all-gather") == layer["matrix"]
@@ -165,15 +141,15 @@ def test_weights_are_gathered_once_forward_and_once_backward(steps, layer, name)
 def test_computing_a_layer_again_gathers_its_weights_no_third_time(remat, layer):
     model = dataclasses.replace(CONFIG.model, remat=remat)
     config = dataclasses.replace(CONFIG, model=model)
-    step = compile_step(prepare(config, sharding.make_mesh(MESHES["fsdp"])))
-    found = counts({"fsdp": step}, "fsdp")
+    setup = prepare(config, sharding.make_mesh(MESHES["fsdp"]))
+    found = counted(moved(setup, compile_step(setup)))
     # The backward pass uses the weights that the second forward pass gathered.
     assert found["forward all-gather"] == layer["matrix"] + layer["scale"]
     assert found["backward all-gather"] == layer["matrix"] + layer["scale"]
 
 
-def test_tensor_parallel_steps_reduce_activations_where_a_sum_is_cut(steps):
-    assert activations(steps) == {
+def test_tensor_parallel_steps_reduce_activations_where_a_sum_is_cut(setups, steps):
+    assert activations(setups, steps) == {
         "forward all-reduce": 2,  # after attention and after the MLP
         # Before them: from query, key and value, and from up and gate.
         "backward all-reduce": 3 + 2,
@@ -184,14 +160,11 @@ def test_tensor_parallel_steps_reduce_activations_where_a_sum_is_cut(steps):
 
 
 @pytest.mark.parametrize("name", ["data", "fsdp", "tensor"])
-def test_a_batch_and_its_activations_are_never_gathered(steps, name):
-    gathered = [
-        c.shape
-        for c in read_collectives(steps[name].as_text())
-        if c.kind == "all-gather"
-    ]
+def test_a_batch_and_its_activations_are_never_gathered(setups, steps, name):
+    tensors = moved(setups[name], steps[name])
+    gathered = [m.shape for m in tensors if m.kind == "all-gather"]
     length = CONFIG.data.sequence_length
-    assert not [shape for shape in gathered if length in shape]
+    assert not [shape for shape in gathered if shape[1:2] == (length,)]
 
 
 @pytest.mark.parametrize("name", ["data", "fsdp", "tensor"])
@@ -265,29 +238,3 @@ def test_a_compiled_step_refuses_another_shape(setups, steps):
     short = jax.device_put(np.ones((8, 32), np.int32), place)
     with pytest.raises(TypeError, match="compiled with"):
         steps["fsdp"](state, dict.fromkeys(setup.abstract_batch, short))
-
-
-def test_collectives_are_read_from_hlo_however_groups_are_written():
-    text = "\n".join(
-        [
-            "%body.1 (p: f32[8]) -> f32[8] {",
-            "  %a = f32[64]{0} all-gather(%p), replica_groups=[1,8]<=[8]",
-            "  %b = (f32[8]{0}, f32[2,3]{1,0}) all-reduce(%p, %q), "
-            "replica_groups={{0,1},{2,3}}",
-            "  %c = f32[8]{0} all-reduce(%p), "
-            "replica_groups=mesh['data'=8,'tensor'=1] {'tensor'}",
-            "}",
-            "ENTRY %main (p: f32[8]) -> f32[8] {",
-            '  %w = f32[8] while(%p), condition=%c, body=%body.1, metadata={op_name="'
-            'jit(f)/transpose(jvp())/while"}',
-            "  %d = f32[8]{0} all-reduce(%p), "
-            "replica_groups=mesh['data'=8,'tensor'=1] {'data'}",
-            "}",
-        ]
-    )
-    assert read_collectives(text) == [
-        Collective("all-gather", "backward", (64,)),
-        Collective("all-reduce", "backward", (8,)),
-        Collective("all-reduce", "backward", (2, 3)),
-        Collective("all-reduce", "", (8,)),
-    ]
