@@ -21,19 +21,25 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 JAX_VERSION = tuple(int(part) for part in jax.__version__.split(".")[:2])
 
 
-def kernel(body: Callable[..., None], *, name: str, **options: Any) -> Callable:
+def kernel(
+    body: Callable[..., None], *, name: str, barriers: bool = True, **options: Any
+) -> Callable:
     """Returns `plgpu.kernel(body)` with fast exp2 and tanh, under a name for profiles.
 
     Args:
       body: takes the refs of inputs, outputs and scratch.
       name: of the CUDA kernel.
+      barriers: whether every store waits for the whole warpgroup first. A body needs
+        it not if no thread reads what another one stored.
       options: `out_type`, `scratch_types`, `grid`, `grid_names`, `num_threads`, ... of
         `plgpu.kernel`.
     """
     return plgpu.kernel(
         body,
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+            approx_math=True,
+            unsafe_no_auto_barriers=not barriers,
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
         ),
         kernel_name=name,
         **options,
