@@ -29,7 +29,7 @@ LAYERS = (
     ("jaxllm.flags",),
     ("jaxllm.evaluate", "jaxllm.generate"),
     ("jaxllm.run",),
-    ("jaxllm.train", "jaxllm.tokenize"),
+    ("jaxllm.train", "jaxllm.tokenize", "jaxllm.compare_meshes"),
 )
 STANDARD_LIBRARY_ONLY = (
     *("jaxllm.errors", "jaxllm.checks", "jaxllm.config", "jaxllm.presets"),
@@ -43,7 +43,7 @@ USERS = {
     "grain": ("jaxllm.data",),
     "absl": (
         *("jaxllm.flags", "jaxllm.train", "jaxllm.tokenize"),
-        *("jaxllm.evaluate", "jaxllm.generate"),
+        *("jaxllm.evaluate", "jaxllm.generate", "jaxllm.compare_meshes"),
     ),
     "tensorboard": ("jaxllm.metrics",),
     "tokenizers": ("jaxllm.data.tokenizers",),
@@ -53,7 +53,10 @@ USERS = {
 }
 # Extras of pyproject.toml, imported where a config or a file asks for them.
 EXTRAS = {"pyarrow": "jaxllm.data.corpus", "wandb": "jaxllm.metrics"}
-NOBODY_IMPORTS = ("jaxllm.train", "jaxllm.tokenize", "jaxllm.generate")
+NOBODY_IMPORTS = (
+    *("jaxllm.train", "jaxllm.tokenize", "jaxllm.generate"),
+    "jaxllm.compare_meshes",
+)
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -193,8 +196,9 @@ def num_lines(function: Function) -> int:
 
 
 @every_module
-def test_a_function_has_at_most_60_lines(name):
-    long = {f.name: num_lines(f) for f in functions(name) if num_lines(f) > 60}
+def test_a_function_has_at_most_60_lines_or_80_with_a_kernel(name):
+    limit = 80 if name.startswith("pallas_kernels.") else 60
+    long = {f.name: num_lines(f) for f in functions(name) if num_lines(f) > limit}
     assert not long
 
 

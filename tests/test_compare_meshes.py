@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command that compares meshes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm import compare_meshes
+from jaxllm.compare_meshes import Comparison, compare, parse_meshes, standard_meshes
+from jaxllm.config import InputError, MeshConfig
+
+MESHES = [{"fsdp": 4}, {"tensor": 16}, {"tensor": 4}]
+
+
+def test_meshes_are_compared_or_refused_with_the_reason(tiny):
+    fits, too_large, uncut = compare(tiny(), MESHES, 2)
+    assert (fits.mesh, fits.refusal, fits.changed) == ("fsdp 4", "", ())
+    assert fits.agrees(1e-6)
+    assert "needs 16 devices" in too_large.refusal
+    assert "not a multiple of mesh tensor=4" in uncut.refusal
+
+
+def test_other_parameters_on_another_mesh_are_found(tiny, monkeypatch):
+    def init_state(setup):
+        state = honest(setup)
+        if setup.mesh.size == 1:
+            return state
+        move = jax.jit(lambda x: jnp.where(x == x.max(), x + 1e-7, x))
+        with jax.set_mesh(setup.mesh):
+            params = jax.tree.map(move, state.params)
+        return dataclasses.replace(state, params=params)
+
+    honest = compare_meshes.init_state
+    monkeypatch.setattr(compare_meshes, "init_state", init_state)
+    [found] = compare(tiny(), [{"data": 2}], 1)
+    assert len(found.changed) > 0
+    assert not found.agrees(1.0)
+
+
+def test_a_loss_beyond_the_tolerance_does_not_agree():
+    assert Comparison("data 2", loss=1e-6).agrees(1e-6)
+    assert not Comparison("data 2", loss=1.1e-6).agrees(1e-6)
+    assert not Comparison("data 2", loss=np.nan).agrees(1e-6)
+
+
+def test_the_standard_meshes_have_each_axis_alone_and_each_two():
+    meshes = standard_meshes(8)
+    axes = [field.name for field in dataclasses.fields(MeshConfig)]
+    assert meshes[: len(axes)] == [{axis: 8} for axis in axes]
+    assert len(meshes) == len(axes) + len(axes) * (len(axes) - 1) // 2
+    assert all(np.prod(list(sizes.values())) == 8 for sizes in meshes)
+    assert standard_meshes(3) == [{axis: 3} for axis in axes]
+
+
+def test_meshes_are_read_as_they_are_written():
+    read = parse_meshes("data=8 fsdp=4,tensor=2")
+    assert read == [{"data": 8}, {"fsdp": 4, "tensor": 2}]
+
+
+@pytest.mark.parametrize("text", ["data", "data=x", "data=2=3", "data=2, fsdp=2"])
+def test_meshes_written_otherwise_are_refused(text):
+    with pytest.raises(InputError, match="must be meshes between spaces"):
+        parse_meshes(text)
