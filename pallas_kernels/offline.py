@@ -78,15 +78,27 @@ def described_mesh(
     )
 
 
-def compile_case(case: Case, implementation: str = "mosaic") -> Any:
-    """Returns a case compiled for one described GPU; see `described_mesh`."""
+def compile_case(
+    case: Case, implementation: str = "mosaic", tile_index: int | None = None
+) -> Any:
+    """Returns a case compiled for one described GPU; see `described_mesh`.
+
+    Args:
+      case: the call.
+      implementation: key of its functions.
+      tile_index: of the case's search, to compile with that tile instead.
+    """
+    function = case.functions[implementation]
+    if tile_index is not None:
+        assert case.search is not None
+        function = case.search.function(case.search.tiles[tile_index])
     mesh = described_mesh()
     whole = jax.NamedSharding(mesh, jax.P())
     arguments = [
         jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole) for x in case.inputs
     ]
     with jax.set_mesh(mesh):
-        return jax.jit(case.functions[implementation]).lower(*arguments).compile()
+        return jax.jit(function).lower(*arguments).compile()
 
 
 def find_cases(operation: str, part: str = "") -> list[Case]:
@@ -102,8 +114,15 @@ def toolchain() -> Path | None:
     return folder if (folder / "jax_plugins").is_dir() else None
 
 
-def compile_in_subprocess(operation: str, name: str) -> Compiled:
+def compile_in_subprocess(
+    operation: str, name: str, tile_index: int | None = None
+) -> Compiled:
     """Compiles one case in a process of its own and reads what the compiler said.
+
+    Args:
+      operation: folder of the operation.
+      name: of the case.
+      tile_index: see `compile_case`.
 
     Raises:
       FileNotFoundError: there is no toolchain.
@@ -118,15 +137,10 @@ def compile_in_subprocess(operation: str, name: str) -> Compiled:
             "MOSAIC_GPU_DUMP_TO": dump,
             "MOSAIC_GPU_DUMP_PTX": "1",
         }
+        index = [] if tile_index is None else [str(tile_index)]
+        module = ["-m", "pallas_kernels.offline"]
         ended = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "pallas_kernels.offline",
-                "--child",
-                operation,
-                name,
-            ],
+            [sys.executable, *module, "--child", operation, name, *index],
             env=environment,
             capture_output=True,
             text=True,
@@ -194,8 +208,9 @@ def format_resources(rows: Sequence[tuple[Case, Resources]]) -> str:
 def main(arguments: Sequence[str]) -> int:
     """Prints the table of the cases asked for; the exit status is 1 if one failed."""
     if arguments[:1] == ["--child"]:
-        operation, name = arguments[1:]
-        compile_case(next(c for c in find_cases(operation) if c.name == name))
+        operation, name, *index = arguments[1:]
+        case = next(c for c in find_cases(operation) if c.name == name)
+        compile_case(case, tile_index=int(index[0]) if index else None)
         return 0
     operations = [arguments[0]] if arguments else list(OPERATIONS)
     part = arguments[1] if len(arguments) > 1 else ""

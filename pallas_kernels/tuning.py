@@ -2,7 +2,7 @@
 """Tiles that were timed on a device, looked up by what a call looks like.
 
 `devices/<kind>.json` maps a kernel to entries of "when" (all must be equal to the
-call's), "tile", "microseconds" (null: compiled, not timed) and "date". The first that
+call's), "tile", "microseconds" and "cases" (what was timed) and "date". The first that
 fits wins, so special entries stand above general ones. `python -m pallas_kernels.bench
 --tune` writes them; nothing is searched at run time.
 """

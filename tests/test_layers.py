@@ -51,8 +51,13 @@ USERS = {
     "numpy": PACKAGES,
     "jax": PACKAGES,
 }
-# Extras of pyproject.toml, imported where a config or a file asks for them.
-EXTRAS = {"pyarrow": "jaxllm.data.corpus", "wandb": "jaxllm.metrics"}
+# Extras of pyproject.toml, imported where a config or a file asks for them; and other
+# libraries that the kernels are timed beside, where they happen to be installed.
+EXTRAS = {
+    "pyarrow": "jaxllm.data.corpus",
+    "wandb": "jaxllm.metrics",
+    **dict.fromkeys(("torch", "tokamax", "liger_kernel"), "pallas_kernels.bench.peers"),
+}
 NOBODY_IMPORTS = (
     *("jaxllm.train", "jaxllm.tokenize", "jaxllm.generate"),
     "jaxllm.compare_meshes",
@@ -127,6 +132,18 @@ def test_third_party_packages_are_imported_where_the_table_says(name):
             f"{name} imports {other}, which is in no row of the table"
         )
         assert within(name, USERS[other]), f"{name} may not import {other}"
+
+
+@every_module
+def test_an_extra_is_imported_by_its_name_where_the_table_says(name):
+    for node in ast.walk(tree(name)):
+        if (
+            isinstance(node, ast.Call)
+            and ast.unparse(node.func) == "importlib.import_module"
+            and isinstance(node.args[0], ast.Constant)
+        ):
+            package = str(node.args[0].value).partition(".")[0]
+            assert EXTRAS.get(package) == name, f"{name} may not import {package}"
 
 
 @pytest.mark.parametrize("name", STANDARD_LIBRARY_ONLY)

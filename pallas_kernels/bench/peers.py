@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same calls through other libraries: the one file that imports any of them.
+
+A library that is not installed is absent from the tables, which say so. Each peer is
+built from `Case.call`; a call that a library does not offer has no entry.
+"""
+
+import importlib
+import importlib.metadata
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from pallas_kernels.bench.timing import Entrant
+from pallas_kernels.case import Case
+
+LIBRARIES = ("torch", "tokamax", "liger_kernel")
+Inputs = Sequence[tuple[jax.Array, ...]]
+
+
+def versions() -> dict[str, str]:
+    """Returns the version of each library, or why it cannot be imported."""
+    found = {}
+    for name in LIBRARIES:
+        try:
+            importlib.import_module(name)
+            found[name] = importlib.metadata.version(name)
+        except Exception as error:  # an extension that does not load raises anything
+            found[name] = f"absent: {type(error).__name__}: {error}"[:200]
+    return found
+
+
+def jax_peers(case: Case) -> dict[str, Callable]:
+    """Returns functions of the case's inputs that other libraries write in JAX."""
+    if "absent" in versions()["tokamax"]:
+        return {}
+    tokamax = importlib.import_module("tokamax")
+    call = dict(case.call)
+    plain = not any(call.get(name) for name in ("packed", "sinks"))
+    if case.operation == "attention" and plain and call.get("direction") == "forward":
+
+        def attend(q_BTNH, k_BSKH, v_BSKH, *_):
+            return tokamax.dot_product_attention(
+                q_BTNH,
+                k_BSKH,
+                v_BSKH,
+                is_causal=call["causal"],
+                logits_soft_cap=call.get("softcap"),
+                local_window_size=_window(call),
+                implementation="mosaic",
+            )
+
+        return {"tokamax": attend}
+    if case.operation == "grouped_matmul" and call.get("direction") == "forward":
+
+        def multiply(x, w, group_sizes, *_):
+            return tokamax.ragged_dot(x, w, group_sizes, implementation="mosaic")
+
+        return {"tokamax": multiply}
+    return {}
+
+
+def torch_peers(case: Case, inputs: Inputs) -> dict[str, Callable[[], Entrant]]:
+    """Returns what makes the entrants of torch and Liger, by their names."""
+    found = versions()
+    if "absent" in found["torch"]:
+        return {}
+    torch = importlib.import_module("torch")
+    makers = {
+        "attention": _attention,
+        "norm": _norm,
+        "cross_entropy": _cross_entropy,
+        "grouped_matmul": _grouped_matmul,
+    }
+    if case.operation not in makers:
+        return {}
+    functions = makers[case.operation](torch, dict(case.call))
+    if "absent" in found["liger_kernel"]:
+        functions = {n: f for n, f in functions.items() if not n.startswith("liger")}
+    return {
+        name: lambda prepare=prepare: _entrant(torch, prepare, inputs)
+        for name, prepare in functions.items()
+    }
+
+
+def _entrant(torch: Any, prepare: Callable, inputs: Inputs) -> Entrant:
+    calls = [prepare(*map(torch.from_dlpack, some)) for some in inputs]
+    on_gpu = jax.default_backend() == "gpu"
+    wait = torch.cuda.synchronize if on_gpu else lambda: None
+    return Entrant(lambda i: calls[i % len(calls)](), lambda _: wait())
+
+
+def _attention(torch: Any, call: dict[str, Any]) -> dict[str, Callable]:
+    """SDPA knows causal masks and grouped heads, and nothing else of ours."""
+    others = ("window", "softcap", "packed", "sinks")
+    if any(call.get(name) for name in others) or "direction" not in call:
+        return {}
+    backends = importlib.import_module("torch.nn.attention")
+
+    def prepare(backend, q_BTNH, k_BSKH, v_BSKH, *others):
+        q, k, v = (x.detach().transpose(1, 2) for x in (q_BTNH, k_BSKH, v_BSKH))
+
+        def forward():
+            with backends.sdpa_kernel(backend):
+                return torch.nn.functional.scaled_dot_product_attention(
+                    q,
+                    k,
+                    v,
+                    is_causal=call["causal"],
+                    enable_gqa=q.shape[1] != k.shape[1],
+                )
+
+        return _directed(torch, call["direction"], forward, (q, k, v))
+
+    def on(backend):
+        return lambda *arguments: prepare(backend, *arguments)
+
+    kinds = backends.SDPBackend
+    return {
+        "torch-flash": on(kinds.FLASH_ATTENTION),
+        "torch-cudnn": on(kinds.CUDNN_ATTENTION),
+    }
+
+
+def _norm(torch: Any, call: dict[str, Any]) -> dict[str, Callable]:
+    eps = call.get("eps", 1e-6)
+    is_rms = call.get("kind", "rms") == "rms"
+
+    def leaves(x, scale, *others):
+        """Inputs start with x and scale, whatever comes after."""
+        return x.detach(), scale.detach().to(x.dtype)
+
+    def with_torch(*arguments):
+        x, scale = leaves(*arguments)
+        function = torch.nn.functional.rms_norm
+        function = function if is_rms else torch.nn.functional.layer_norm
+
+        @torch.compile
+        def add_and_norm(x, r):
+            x = x + r if call.get("residual") else x
+            return function(x, x.shape[-1:], scale, eps=eps)
+
+        residual = torch.randn_like(x)
+        return _directed(
+            torch, call["direction"], lambda: add_and_norm(x, residual), (x, scale)
+        )
+
+    def with_liger(*arguments):
+        x, scale = leaves(*arguments)
+        ops = importlib.import_module("liger_kernel.ops")
+        if call.get("residual"):
+            residual = torch.randn_like(x)
+
+            def forward():
+                f = ops.LigerFusedAddRMSNormFunction
+                return f.apply(x, residual, scale, eps, 0.0, "gemma", False)[0]
+        elif is_rms:
+
+            def forward():
+                return ops.LigerRMSNormFunction.apply(
+                    x, scale, eps, 0.0, "gemma", False
+                )
+        else:
+            bias = torch.zeros_like(scale)
+
+            def forward():
+                return ops.LigerLayerNormFunction.apply(x, scale, bias, eps)
+
+        return _directed(torch, call["direction"], forward, (x, scale))
+
+    found = {"torch-compile": with_torch}
+    return (
+        found if call.get("residual") and not is_rms else found | {"liger": with_liger}
+    )
+
+
+def _cross_entropy(torch: Any, call: dict[str, Any]) -> dict[str, Callable]:
+    """Loss and gradients together, as our operation makes them."""
+
+    def leaves(x_TD, w, targets_T, *others):
+        w_VD = w if w.shape[1] == x_TD.shape[1] else w.t().contiguous()
+        x_TD, w_VD = (x.detach().requires_grad_() for x in (x_TD, w_VD))
+        return x_TD, w_VD, targets_T.long().clamp(min=0)
+
+    def with_torch(*arguments):
+        x_TD, w_VD, targets_T = leaves(*arguments)
+
+        @torch.compile
+        def loss():
+            logits_TV = torch.nn.functional.linear(x_TD, w_VD).float()
+            return torch.nn.functional.cross_entropy(
+                logits_TV, targets_T, reduction="sum"
+            )
+
+        return lambda: torch.autograd.grad(loss(), (x_TD, w_VD))
+
+    def with_liger(*arguments):
+        x_TD, w_VD, targets_T = leaves(*arguments)
+        ops = importlib.import_module("liger_kernel.ops")
+        function = ops.LigerFusedLinearCrossEntropyFunction
+
+        def run():
+            loss = function.apply(
+                *(x_TD, w_VD, targets_T, None, None, -100),
+                *(call.get("z_loss", 0.0), 0.0, "sum", call.get("softcap")),
+            )
+            loss = loss[0] if isinstance(loss, tuple) else loss
+            return torch.autograd.grad(loss, (x_TD, w_VD))
+
+        return run
+
+    plain = not call.get("z_loss") and not call.get("softcap")
+    return ({"torch-compile": with_torch} if plain else {}) | {"liger": with_liger}
+
+
+def _grouped_matmul(torch: Any, call: dict[str, Any]) -> dict[str, Callable]:
+    if call.get("direction") != "forward":
+        return {}
+
+    def prepare(x, w, group_sizes, *others):
+        ends = group_sizes.cumsum(0).to(torch.int32)
+        return lambda: torch.nn.functional.grouped_mm(x, w, offs=ends)
+
+    return {"torch-grouped": prepare}
+
+
+def _directed(torch: Any, direction: str, forward: Callable, leaves: tuple):
+    """Returns the forward pass, the backward pass alone, or both."""
+    if direction == "forward":
+
+        def run():
+            with torch.no_grad():
+                return forward()
+
+        return run
+    for leaf in leaves:
+        leaf.requires_grad_()
+    out = forward()
+    cotangent = torch.randn_like(out)
+    if direction == "both":
+        return lambda: torch.autograd.grad(forward(), leaves, cotangent)
+    return lambda: torch.autograd.grad(out, leaves, cotangent, retain_graph=True)
+
+
+def _window(call: dict[str, Any]) -> tuple[int, int] | None:
+    window = call.get("window")
+    return (window - 1, 0) if window else None

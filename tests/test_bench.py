@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark's own code, on cases of milliseconds: its times mean nothing here."""
+
+import dataclasses
+import functools
+import json
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.bench import __main__ as command
+from pallas_kernels.bench import check, peers, search
+from pallas_kernels.bench.ceilings import Ceilings, measure_ceilings
+from pallas_kernels.bench.options import Options
+from pallas_kernels.bench.record import format_results, write_results
+from pallas_kernels.bench.supervisor import read_records, supervise
+from pallas_kernels.bench.timing import Entrant, time_in_turns
+from pallas_kernels.bench.worker import measure
+from pallas_kernels.case import Case, Search
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    rows: int
+
+
+def scale(x, *, by: float = 2.0):
+    return x * jnp.asarray(by, x.dtype)
+
+
+def make_case(**changes) -> Case:
+    fields: dict[str, Any] = dict(
+        operation="scale",
+        name="forward-64",
+        functions={"mosaic": scale, "xla": scale},
+        inputs=(jax.ShapeDtypeStruct((64, 64), jnp.bfloat16),),
+        flops=64.0 * 64,
+        num_bytes=4.0 * 64 * 64,
+        tile=Tile(8),
+        make_inputs=lambda key: (jax.random.normal(key, (64, 64), jnp.bfloat16),),
+        search=Search(
+            kernel="scale",
+            call={"width": 64},
+            tiles=(Tile(8), Tile(16)),
+            function=lambda tile: functools.partial(scale, by=2.0),
+        ),
+    )
+    return Case(**fields | changes)
+
+
+@pytest.fixture
+def options(tmp_path) -> Options:
+    rates = {"flops_per_s": 1e9, "bytes_per_s": 1e9, "launch_s": 1e-5}
+    (tmp_path / "ceilings.json").write_text(json.dumps(rates))
+    return Options(
+        dry=True, case_seconds=0.1, until=time.time() + 300, folder=str(tmp_path)
+    )
+
+
+def test_a_record_has_times_errors_and_a_verdict(options):
+    record = measure(make_case(), options)
+    assert record["failures"] == {}
+    assert record["verdict"] == {"mosaic": "right"}
+    assert set(record["timings"]) == {"mosaic", "xla"}
+    assert record["timings"]["mosaic"]["median_us"] > 0
+    assert json.loads(json.dumps(record)) == record
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        functools.partial(scale, by=2.1),
+        lambda x: scale(x).at[0, 0].set(jnp.nan),
+        lambda x: scale(x).at[0, 0].set(jnp.inf),
+    ],
+)
+def test_a_kernel_that_is_wrong_is_said_to_be(options, wrong):
+    record = measure(make_case(functions={"mosaic": wrong, "xla": scale}), options)
+    assert "error" in record["verdict"]["mosaic"]
+    assert command._is_wrong(record)
+
+
+def test_an_implementation_that_raises_leaves_the_others_measured(options):
+    def broken(x):
+        raise NotImplementedError("head width 65")
+
+    functions = {"mosaic": scale, "cudnn": broken, "xla": scale}
+    record = measure(make_case(functions=functions), options)
+    assert "head width 65" in record["failures"]["cudnn"]
+    assert set(record["timings"]) == {"mosaic", "xla"}
+
+
+def test_the_reference_of_a_case_stands_in_for_plain_jax_that_does_not_fit(options):
+    case = make_case(functions={"mosaic": scale}, reference=scale)
+    assert measure(case, options)["verdict"] == {"mosaic": "right"}
+
+
+def test_equal_infinities_are_no_error():
+    x = jnp.array([1.0, -jnp.inf])
+    assert check.errors(x, [x]) == [0.0]
+    assert not check.errors(x, [jnp.array([1.0, 2.0])])[0] < 1
+
+
+def test_a_backward_pass_may_err_three_times_as_much_and_a_forward_pass_twice():
+    found = {"xla": [1e-3], "mosaic": [2.5e-3]}
+    assert check.verdict(make_case(name="backward-64"), found)["mosaic"] == "right"
+    assert check.verdict(make_case(), found)["mosaic"] != "right"
+
+
+def test_times_are_per_call_and_taken_in_turns():
+    order = []
+
+    def entrant(name: str, seconds: float, calls: int = 1) -> Entrant:
+        def run(_):
+            order.append(name)
+            time.sleep(seconds)
+
+        return Entrant(run, lambda _: None, calls)
+
+    entrants = {"one": entrant("one", 2e-3), "four": entrant("four", 8e-3, 4)}
+    found = time_in_turns(
+        entrants, rounds=3, until=time.perf_counter() + 60, measurement_s=5e-3
+    )
+    assert found["one"].rounds == 3
+    assert 2e-3 <= found["four"].median_s < 8e-3
+    # After the warm-up: rounds of both, whoever was last goes first.
+    turns = [name for i, name in enumerate(order) if name != ["", *order][i]]
+    assert turns[2:] == ["one", "four", "one", "four"][: len(turns) - 2]
+
+
+def test_no_round_starts_after_the_deadline():
+    nothing = Entrant(lambda _: None, lambda _: None)
+    found = time_in_turns({"a": nothing}, rounds=50, until=0, measurement_s=1e-6)
+    assert found["a"].rounds == 1
+
+
+def test_results_keep_cases_that_this_run_did_not_measure(options, tmp_path):
+    record = measure(make_case(), options)
+    about = {"device": "NVIDIA X", "dry": True}
+    write_results(tmp_path, "x", about, [{**record, "name": "forward-old"}])
+    write_results(tmp_path, "x", about, [record])
+    document = json.loads((tmp_path / "x.json").read_text())
+    assert [r["name"] for r in document["cases"]] == ["forward-old", "forward-64"]
+    text = (tmp_path / "x.md").read_text()
+    assert "forward-64" in text and "times mean nothing" in text
+
+
+def test_a_case_without_times_is_in_the_table_with_its_reason():
+    failed = {"operation": "scale", "name": "a", "failures": {"mosaic": "killed"}}
+    text = format_results({"device": "X", "dry": False, "cases": [failed]})
+    assert "| a | - |" in text and "- a, mosaic: killed" in text
+
+
+WORKER = """
+import json, os, sys, time
+options, operation, first, stride = sys.argv[1:]
+folder = json.loads(options)["folder"]
+path = os.path.join(folder, f"{operation}-{first}.jsonl")
+seen = open(path).read() if os.path.exists(path) else ""
+for name in ("crashes", "hangs", "ends"):
+    if name in seen:
+        continue
+    with open(path, "a") as file:
+        began = {"event": "began", "name": name, "at": time.time()}
+        print(json.dumps(began), file=file)
+        file.flush()
+        if name == "crashes":
+            os.kill(os.getpid(), 11)
+        if name == "hangs":
+            time.sleep(600)
+        print(json.dumps({"event": "done", "operation": "x", "name": name}), file=file)
+"""
+
+
+def test_a_crash_and_a_hang_cost_their_case_only(options, tmp_path):
+    started = (sys.executable, "-c", WORKER)
+    supervise(options, "x", 0, 1, command=started, limit_s=1)
+    found = {record["name"]: record for record in read_records(tmp_path)}
+    assert list(found) == ["crashes", "hangs", "ends"]
+    assert "exit status -11" in found["crashes"]["failures"]["mosaic"]
+    assert "killed" in found["hangs"]["failures"]["mosaic"]
+    assert "failures" not in found["ends"]
+
+
+def test_tiles_are_timed_and_the_best_is_written(options, tmp_path):
+    options = dataclasses.replace(options, tune=True)
+    record = measure(make_case(), options)
+    assert [row["said"] for row in record["tiles"]] == ["right", "right"]
+    path = tmp_path / "table.json"
+    assert search.update_table(path, [record]) == 1
+    (entry,) = json.loads(path.read_text())["scale"]
+    assert entry["when"] == {"width": 64}
+    assert entry["tile"] in ({"rows": 8}, {"rows": 16})
+
+
+def tuned(call, times, name="a"):
+    rows = [{"tile": {"rows": rows}, "us": us} for rows, us in times.items()]
+    search = {"kernel": "scale", "call": call}
+    date = "2026-01-02T00:00:00+00:00"
+    tile = {"rows": 8}
+    return {"name": name, "search": search, "tiles": rows, "tile": tile, "date": date}
+
+
+def test_the_shipped_tile_stays_unless_another_is_clearly_better(tmp_path):
+    path = tmp_path / "table.json"
+    search.update_table(path, [tuned({"width": 64}, {8: 100.0, 16: 99.0})])
+    assert json.loads(path.read_text())["scale"][0]["tile"] == {"rows": 8}
+    search.update_table(path, [tuned({"width": 64}, {8: 100.0, 16: 90.0})])
+    (entry,) = json.loads(path.read_text())["scale"]
+    assert entry["tile"] == {"rows": 16} and entry["date"] == "2026-01-02"
+
+
+def test_cases_that_the_table_cannot_tell_apart_get_one_tile(tmp_path):
+    path = tmp_path / "table.json"
+    records = [
+        tuned({}, {8: 100.0, 16: 50.0}, "short"),
+        tuned({}, {8: 100.0, 16: 110.0}, "long"),
+        tuned({"width": 64}, {8: 1.0}, "special"),
+    ]
+    search.update_table(path, records)
+    special, general = json.loads(path.read_text())["scale"]
+    assert special["when"] == {"width": 64}
+    assert general["tile"] == {"rows": 16}
+    assert general["cases"] == ["short", "long"]
+
+
+def test_a_share_is_of_the_nearer_ceiling():
+    ceilings = Ceilings(flops_per_s=100.0, bytes_per_s=10.0, launch_s=0.0)
+    assert ceilings.share(flops=50, num_bytes=1, seconds=1) == 0.5
+    assert ceilings.share(flops=50, num_bytes=9, seconds=1) == 0.9
+
+
+def test_ceilings_are_positive():
+    found = measure_ceilings(width=16, copied_bytes=1024)
+    assert min(dataclasses.astuple(found)) > 0
+
+
+def test_libraries_that_are_not_there_are_absent_and_say_so(monkeypatch):
+    def missing(name):
+        raise ImportError(f"No module named {name}")
+
+    monkeypatch.setattr(peers.importlib, "import_module", missing)
+    assert set(peers.versions()) == set(peers.LIBRARIES)
+    assert all("absent" in version for version in peers.versions().values())
+    assert peers.jax_peers(make_case(operation="attention")) == {}
+    assert peers.torch_peers(make_case(operation="attention"), []) == {}
+
+
+def test_a_dry_run_must_not_write_among_the_results(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--dry"])
+    assert "--output" in capsys.readouterr().err
+
+
+def test_an_unknown_operation_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["atention", "--dry"])
+    assert "atention" in capsys.readouterr().err
