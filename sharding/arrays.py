@@ -75,8 +75,9 @@ def local(
 ) -> Callable[..., Any]:
     """Wraps a function of blocks in `shard_map`: each device gets its part by COMPUTE.
 
-    Its gradients are right where function's are: that of an argument is added up over
-    the mesh axes that cut other arguments but not this one.
+    Gradients are right if no device's part of a result needs another device's part of
+    an argument: that of an argument is added up, in the argument's dtype, over the mesh
+    axes that cut other arguments and not this one.
 
     Args:
       function: takes one array for each entry of ins; sees local shapes only.
@@ -92,19 +93,48 @@ def local(
             return tuple(map(place, out))
         return spec(out, COMPUTE, mesh) if isinstance(out, str) else out
 
-    in_specs, out_specs = tuple(place(letters) for letters in ins), place(outs)
-    # Along an axis that cuts nothing all devices do the same. Were it a part of this,
-    # gradients would be added up along it for nothing.
-    axes = {axis for axis in mesh.axis_names if mesh.shape[axis] == 1}
-    for cut in jax.tree.leaves((in_specs, out_specs)):
-        axes.update(*((a,) if isinstance(a, str) else a or () for a in cut))
-    return jax.shard_map(
-        function,
-        in_specs=in_specs,
-        out_specs=out_specs,
-        axis_names=axes,
-        check_vma=False,
-    )
+    return _local(function, tuple(ins), tuple(map(place, ins)), place(outs))
+
+
+def _local(function, ins, in_specs, out_specs):
+    """Differentiates inside `shard_map`, each device its own part.
+
+    The transpose that JAX makes of a `shard_map` adds gradients up along every axis
+    that does not cut an argument, also along those that cut nothing here.
+    """
+    cuts = [{axis for letter in letters for axis in axes_of(letter)} for letters in ins]
+    axes = tuple(sorted(set().union(*cuts)))
+
+    def over_devices(block, ins, outs):
+        return jax.shard_map(block, in_specs=ins, out_specs=outs, check_vma=False)
+
+    @jax.custom_vjp
+    def run(*args):
+        return over_devices(function, in_specs, out_specs)(*args)
+
+    def forward(*args):
+        def block(*args):
+            out, pullback = jax.vjp(function, *args)
+            # Each device keeps what it saved, whatever that is, as one row of an array.
+            return out, jax.tree.map(lambda saved: saved[None], pullback)
+
+        return over_devices(block, in_specs, (out_specs, jax.P(axes)))(*args)
+
+    def backward(pullback, d_out):
+        def block(pullback, d_out):
+            gradients = jax.tree.map(lambda row: row[0], pullback)(d_out)
+            return tuple(map(add_up, gradients, cuts))
+
+        return over_devices(block, (jax.P(axes), out_specs), in_specs)(pullback, d_out)
+
+    def add_up(gradient, cut):
+        if gradient.dtype == jax.dtypes.float0:  # of whole numbers
+            return None
+        others = tuple(axis for axis in axes if axis not in cut)
+        return jax.lax.psum(gradient, others) if others else gradient
+
+    run.defvjp(forward, backward)
+    return run
 
 
 def reduce_to_storage(partial: jax.Array, letters: str) -> jax.Array:

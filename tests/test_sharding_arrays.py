@@ -129,6 +129,34 @@ def test_local_gives_each_device_its_part(mesh):
     assert doubled.sharding.spec == jax.P(("data", "fsdp"), None)
 
 
+def test_local_adds_up_gradients_over_the_devices_that_share_an_argument(mesh):
+    def scaled(x, scale, ids):
+        return x * scale[None, None] * ids[..., None].astype(x.dtype)
+
+    def loss(x, scale, ids, weights):
+        out = sharding.local(scaled, ("BTD", "D", "BT"), "BTD")(x, scale, ids)
+        return (out * weights).sum()
+
+    x, scale, weights = draw("BTD"), draw("D", 1), draw("BTD", 2)
+    ids = draw("BT", 3).astype(np.int32)
+    gradient = jax.grad(loss, (0, 1))
+    expected = gradient(jnp.asarray(x), jnp.asarray(scale), ids, weights)
+    with jax.set_mesh(mesh):
+        args = (
+            put(x, "BTD", COMPUTE, mesh),
+            put(scale, "D", COMPUTE, mesh),
+            put(ids, "BT", COMPUTE, mesh),
+            put(weights, "BTD", COMPUTE, mesh),
+        )
+        got = jax.jit(gradient)(*args)
+        jaxpr = str(jax.make_jaxpr(gradient)(*args))
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+    # That of x is whole on each device: tensor cuts nothing here.
+    assert jaxpr.count("psum[") == 1
+    assert "psum[axes=('data', 'fsdp')" in jaxpr
+
+
 @pytest.mark.parametrize("letters", ["VD", "DNH", "NH", "H"])
 @pytest.mark.parametrize("sizes", [dict(data=2, fsdp=2, tensor=2), dict(data=8), {}])
 def test_reduce_to_storage_sums_the_parts_of_the_batch(letters, sizes):
