@@ -103,7 +103,6 @@ class _Memory:
     q_smem: Any
     k_smem: Any
     v_smem: Any
-    lse_smem: Any
     q_loaded: Any
     k_loaded: Any
     v_loaded: Any
@@ -123,7 +122,6 @@ def _scratch(h: int, dtype: Any, tile: ForwardTile) -> dict[str, Any]:
         q_smem=blocks(2, tile.block_q),  # and the output
         k_smem=blocks(tile.num_stages, tile.block_kv),
         v_smem=blocks(tile.num_stages, tile.block_kv),
-        lse_smem=plgpu.SMEM((2, tile.block_q), jnp.float32),
         q_loaded=plgpu.Barrier(num_barriers=2),
         k_loaded=loaded,
         v_loaded=loaded,
@@ -141,12 +139,12 @@ def _run(plan: Plan, *refs: Any, **shared: Any) -> None:
 
     @pl.when(warpgroup < 2)
     def _():
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(240, action="increase")
         _compute(plan, memory, place, steps, warpgroup)
 
     @pl.when(warpgroup == 2)
     def _():
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(24, action="decrease")
         _load(plan, memory, place, steps)
 
 
@@ -201,11 +199,10 @@ def _compute(plan, memory, place, steps, warpgroup) -> None:
     seen = total > 0
     out = acc * _across(jnp.where(seen, 1 / total, 0.0), acc)
     q_smem[...] = out.astype(q_smem.dtype)
-    lse_smem = memory.lse_smem.at[warpgroup]
-    lse_smem[...] = jnp.where(seen, (top + jnp.log2(total)) / LOG2E, -jnp.inf)
+    lse = jnp.where(seen, (top + jnp.log2(total)) / LOG2E, -jnp.inf)
+    memory.lse[place.batch, place.head, rows] = lse
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(q_smem, memory.out.at[place.batch, rows, place.head])
-    plgpu.copy_smem_to_gmem(lse_smem, memory.lse.at[place.batch, place.head, rows])
     plgpu.wait_smem_to_gmem(0)
 
 
