@@ -49,8 +49,8 @@ def kernel(
 class Zeros:
     """An accumulator of `accumulate` that starts from zero."""
 
-    def __init__(self, *shape: int):
-        self.shape = shape
+    def __init__(self, rows: int, columns: int):
+        self.shape = (rows, columns)
 
 
 def accumulate(body: Callable[..., None], *starts: jax.Array | Zeros) -> Any:
@@ -93,19 +93,13 @@ def wgmma(accumulator: Any, a: Any, b: Any) -> None:
     if not isinstance(accumulator, _Accumulator):
         plgpu.wgmma(accumulator, a, b)
         return
-    if isinstance(a, jax.Array):
-        # Interpret mode knows no operand in registers. The fence orders this plain read
-        # of b before a later TMA write to it, as wgmma's own read would be.
-        b_value = b[...]
-        plgpu.commit_smem()
-        product = jnp.dot(a, b_value, preferred_element_type=jnp.float32)
-    else:
-
-        def run(product):
-            plgpu.wgmma(product, a, b)
-            return product[...]
-
-        product = pl.run_scoped(run, plgpu.ACC(accumulator.value.shape, jnp.float32))
+    # Interpret mode knows no operand in registers, and its own wgmma takes no part in
+    # the search for races: plain reads do. The fence orders them before a later TMA
+    # write to the operands, as wgmma's own reads would be.
+    a_value = a if isinstance(a, jax.Array) else a[...]
+    b_value = b[...]
+    plgpu.commit_smem()
+    product = jnp.dot(a_value, b_value, preferred_element_type=jnp.float32)
     accumulator.value = accumulator.value + product
 
 
@@ -173,3 +167,15 @@ def _tolerant_barriers() -> Iterator[None]:
         yield
     finally:
         barrier.deallocate = strict
+
+
+def add_to_global(tile: Any, total: Any) -> None:
+    """Adds a float32 tile of shared memory into global memory, without waiting.
+
+    Several blocks may add to one place, in any order: the sum's last bits vary.
+    `plgpu.wait_smem_to_gmem` waits for it as for a plain copy.
+    """
+    if is_interpreted():
+        total[...] = total[...] + tile[...]
+    else:
+        plgpu.copy_smem_to_gmem(tile, total, reduction_op="add")
