@@ -1,78 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every setting of a run, with its meaning, its default and its checks.
 
-One frozen dataclass a consumer. A class checks its own fields when it is made;
-`Config` checks what holds between sections. Standard library only: a config can be
-read, written and refused without importing JAX.
+One frozen dataclass a consumer; those of the model are in modelconfig.py. A class
+checks its own fields when it is made; `Config` checks what holds between sections.
+Standard library only: a config can be read, written and refused without importing JAX.
 """
 
 import dataclasses
 import math
 from typing import Literal
 
-from jaxllm.checks import (
-    check_not_negative,
-    check_positive,
-    divisors,
-    neighbours,
-)
+from jaxllm.checks import check_not_negative, check_positive, neighbours
 from jaxllm.errors import InputError
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """A decoder-only transformer."""
-
-    vocab_size: int  # rows of the embedding; at least the tokenizer's vocabulary
-    num_layers: int  # transformer blocks; a multiple of len(windows)
-    d_model: int  # width of the residual stream
-    num_heads: int  # query heads
-    num_kv_heads: int  # key/value heads; must divide num_heads
-    head_dim: int  # width of a head; even, for RoPE
-    d_ff: int  # hidden width of the MLP
-    mlp: Literal["swiglu", "geglu", "gelu"] = "swiglu"  # gated by SiLU, GELU; plain
-    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # before each sublayer, and last
-    norm_eps: float = 1e-6  # added to the variance
-    bias: Literal["none", "qkv", "all"] = "none"  # which projections have one
-    qk_norm: bool = False  # RMSNorm over each query and key head, before RoPE
-    tie_embeddings: bool = False  # the output projection is the embedding, transposed
-    rope_theta: float = 10_000.0  # base of the rotary frequencies
-    windows: tuple[int, ...] = (0,)  # keys seen per layer of a period; 0 is all of them
-    attention_softcap: float | None = None  # c * tanh(logits / c) in attention
-    logit_softcap: float | None = None  # the same on the output logits
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of activations and matmuls
-    remat: Literal["none", "full", "dots", "save_attention"] = "none"  # what is kept
-    scan_layers: bool = True  # compile one period of layers, or every layer
-
-    def __post_init__(self):
-        check_positive(
-            self,
-            "model",
-            "vocab_size num_layers d_model num_heads num_kv_heads head_dim d_ff "
-            "norm_eps rope_theta attention_softcap logit_softcap",
-        )
-        if self.num_heads % self.num_kv_heads:
-            raise InputError(
-                f"config.model.num_kv_heads={self.num_kv_heads} must divide "
-                f"config.model.num_heads={self.num_heads}; use one of "
-                f"{divisors(self.num_heads)}."
-            )
-        if self.head_dim % 2:
-            raise InputError(
-                f"config.model.head_dim={self.head_dim} must be even, because RoPE "
-                f"rotates pairs; use {self.head_dim - 1} or {self.head_dim + 1}."
-            )
-        if not self.windows or min(self.windows) < 0:
-            raise InputError(
-                f"config.model.windows={self.windows} must hold at least one number of "
-                "keys, 0 for all of them; use (0,) for full attention in every layer."
-            )
-        if self.num_layers % len(self.windows):
-            raise InputError(
-                f"config.model.num_layers={self.num_layers} must be a multiple of the "
-                f"{len(self.windows)} entries of config.model.windows={self.windows}; "
-                f"use {neighbours(self.num_layers, len(self.windows))} layers."
-            )
+from jaxllm.modelconfig import ModelConfig
+from jaxllm.modelconfig import MoEConfig as MoEConfig  # a config file needs one import
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

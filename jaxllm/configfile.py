@@ -6,6 +6,7 @@ Standard library only. Whatever is wrong is an `InputError` that names the setti
 
 import dataclasses
 import difflib
+import functools
 import json
 import os
 import re
@@ -62,7 +63,7 @@ def override(config: Config, overrides: Overrides) -> Config:
     """
     pairs = overrides.items() if isinstance(overrides, Mapping) else overrides
     kinds = setting_types()
-    sections: dict[str, dict[str, Any]] = {"": {}}
+    changes: dict[str, dict[str, Any]] = {}
     problems = []
     for key, value in pairs:
         name = str(key).removeprefix("config.")
@@ -74,12 +75,9 @@ def override(config: Config, overrides: Overrides) -> Config:
         value = convert(value, kinds[name])
         problems += type_problems(value, kinds[name], f"config.{name}")
         section, _, field = name.rpartition(".")
-        sections.setdefault(section, {})[field] = value
+        changes.setdefault(section, {})[field] = value
     _raise_problems(problems)
-    root = sections.pop("")
-    for section, changes in sections.items():
-        root[section] = dataclasses.replace(getattr(config, section), **changes)
-    return dataclasses.replace(config, **root)
+    return _replace(config, "", changes)
 
 
 def check_types(section: Any):
@@ -95,8 +93,7 @@ def flatten(config: Config) -> dict[str, Any]:
     """Returns {"steps": 100, "optimizer.lr": 1e-3, ...}: overrides that make it."""
     flat = {}
     for name in setting_types():
-        section, _, field = name.rpartition(".")
-        flat[name] = getattr(getattr(config, section) if section else config, field)
+        flat[name] = functools.reduce(getattr, name.split("."), config)
     return flat
 
 
@@ -112,6 +109,16 @@ def config_from_dict(values: Any) -> Config:
       InputError: a setting is unknown, has a wrong value, or has no default.
     """
     return _section_from_dict(Config, values, "config")
+
+
+def _replace(section: Any, name: str, changes: Mapping[str, dict[str, Any]]) -> Any:
+    """Returns a section with its own changes and those of the sections inside it."""
+    fields = dict(changes.get(name, {}))
+    for field in dataclasses.fields(section):
+        inner = f"{name}.{field.name}".removeprefix(".")
+        if any(f"{other}.".startswith(f"{inner}.") for other in changes):
+            fields[field.name] = _replace(getattr(section, field.name), inner, changes)
+    return dataclasses.replace(section, **fields) if fields else section
 
 
 def _section_from_dict(kind: type, values: Any, name: str) -> Any:

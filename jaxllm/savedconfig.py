@@ -18,7 +18,10 @@ from jaxllm.settings import setting_defaults
 _log = logging.getLogger(__name__)
 
 FILE = "config.json"
-_HARMLESS = ("model.remat", "model.dtype")  # same parameters, same tree on disk
+_HARMLESS = (  # same parameters, same tree on disk
+    *("model.remat", "model.dtype", "model.moe.balance_weight"),
+    *("model.moe.router_z_loss", "model.moe.capacity_factor"),
+)
 
 
 def read_config(workdir: Path) -> Config:

@@ -9,12 +9,12 @@ import inspect
 import io
 import math
 import numbers
+import sys
 import tokenize
 import types
 import typing
 from typing import Any, Literal
 
-from jaxllm import config as config_module
 from jaxllm.config import Config
 
 
@@ -30,47 +30,27 @@ class Setting:
 
 def settings() -> list[Setting]:
     """Returns all settings in the order of config.py, read from its source."""
-    source = inspect.getsource(config_module)
-    comments = {
-        token.start[0]: token.string.lstrip("# ")
-        for token in tokenize.generate_tokens(io.StringIO(source).readline)
-        if token.type == tokenize.COMMENT
-    }
-    lines = {
-        f"{owner.name}.{ast.unparse(line.target)}": line
-        for owner in ast.parse(source).body
-        if isinstance(owner, ast.ClassDef)
-        for line in owner.body
-        if isinstance(line, ast.AnnAssign)
-    }
+    modules = dict.fromkeys(section.__module__ for section in section_names())
+    lines = {}
+    for module in modules:
+        lines |= _lines(inspect.getsource(sys.modules[module]))
+    owners = {name: section.__name__ for section, name in section_names().items()}
     found = []
     for name, kind in setting_types().items():
-        section, _, field = name.rpartition(".")
-        owner = typing.get_type_hints(Config)[section] if section else Config
-        line = lines[f"{owner.__name__}.{field}"]
-        found.append(
-            Setting(
-                name=f"config.{name}",
-                type=type_name(kind),
-                default=ast.get_source_segment(source, line.value)
-                if line.value
-                else None,
-                doc=comments.get(line.end_lineno or line.lineno, ""),
-            )
-        )
+        section, _, field = f"config.{name}".rpartition(".")
+        default, doc = lines[f"{owners[section]}.{field}"]
+        found.append(Setting(f"config.{name}", type_name(kind), default, doc))
     return found
 
 
 def setting_types() -> dict[str, Any]:
     """Returns the annotation of every setting: {"steps": int, "model.mlp": ...}."""
-    kinds = {}
-    for name, kind in typing.get_type_hints(Config).items():
-        if dataclasses.is_dataclass(kind):
-            hints = typing.get_type_hints(kind)
-            kinds.update({f"{name}.{field}": hints[field] for field in hints})
-        else:
-            kinds[name] = kind
-    return kinds
+    return {
+        f"{name}.{field}".removeprefix("config."): kind
+        for section, name in section_names().items()
+        for field, kind in typing.get_type_hints(section).items()
+        if not dataclasses.is_dataclass(kind)
+    }
 
 
 def setting_defaults() -> dict[str, Any]:
@@ -80,15 +60,21 @@ def setting_defaults() -> dict[str, Any]:
         for section, name in section_names().items()
         for field in dataclasses.fields(section)
         if field.default is not dataclasses.MISSING
+        and not dataclasses.is_dataclass(field.default)
     }
 
 
 def section_names() -> dict[type, str]:
-    """Returns {Config: "config", ModelConfig: "config.model", ...}."""
-    names: dict[type, str] = {Config: "config"}
-    for name, kind in typing.get_type_hints(Config).items():
-        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-            names[kind] = f"config.{name}"
+    """Returns {Config: "config", ModelConfig: "config.model", ...}, in their order."""
+    names: dict[type, str] = {}
+
+    def add(section: type, name: str):
+        names[section] = name
+        for field, kind in typing.get_type_hints(section).items():
+            if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+                add(kind, f"{name}.{field}")
+
+    add(Config, "config")
     return names
 
 
@@ -184,6 +170,25 @@ def _is_a(value: Any, kind: Any) -> bool:
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _lines(source: str) -> dict[str, tuple[str | None, str]]:
+    """Returns the default and the comment of each field in a source: "Config.steps"."""
+    comments = {
+        token.start[0]: token.string.lstrip("# ")
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
+    return {
+        f"{owner.name}.{ast.unparse(line.target)}": (
+            ast.get_source_segment(source, line.value) if line.value else None,
+            comments.get(line.end_lineno or line.lineno, ""),
+        )
+        for owner in ast.parse(source).body
+        if isinstance(owner, ast.ClassDef)
+        for line in owner.body
+        if isinstance(line, ast.AnnAssign)
+    }
 
 
 def _parts(text: str) -> list[str]:

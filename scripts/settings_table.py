@@ -18,8 +18,9 @@ def markdown() -> str:
     lines = [
         "# Settings",
         "",
-        "Made from `jaxllm/config.py` by `scripts/settings_table.py`. A config file",
-        "sets them; on the command line, `--config.optimizer.lr=3e-4` overrides it.",
+        "Made from `jaxllm/config.py` and `jaxllm/modelconfig.py` by",
+        "`scripts/settings_table.py`. A config file sets them; on the command line,",
+        "`--config.optimizer.lr=3e-4` overrides it.",
     ]
     for section, name in section_names().items():
         lines += ["", f"## {name}", "", (section.__doc__ or "").strip(), ""]

@@ -127,3 +127,47 @@ def test_every_setting_says_what_it_means():
 
 def test_there_are_at_most_80_settings():
     assert len(settings()) <= 80
+
+
+MOE_REFUSED = {
+    "config.model.moe.num_experts": -1,
+    "config.model.moe.experts_per_token": 9,
+    "config.model.moe.d_ff_expert": -1,
+    "config.model.moe.num_shared_experts": -1,
+    "config.model.moe.renormalize": True,
+    "config.model.moe.balance_weight": -0.1,
+    "config.model.moe.router_z_loss": float("inf"),
+    "config.model.moe.capacity_factor": 0.0,
+    "config.model.bias": "all",
+}
+
+
+@pytest.mark.parametrize("name", MOE_REFUSED)
+def test_a_wrong_value_of_a_mixture_is_refused_with_setting_and_value(name):
+    config = override(CONFIG, {"model.moe.num_experts": 8})
+    with pytest.raises(InputError) as error:
+        override(config, {name: MOE_REFUSED[name]})
+    assert f"{name}={MOE_REFUSED[name]}" in str(error.value)
+
+
+def test_a_z_loss_needs_a_softmax():
+    moe = {"model.moe.num_experts": 8, "model.moe.router_z_loss": 0.1}
+    override(CONFIG, moe)
+    with pytest.raises(InputError, match=r"router=softmax"):
+        override(CONFIG, {**moe, "model.moe.router": "sigmoid"})
+
+
+def test_settings_of_experts_without_experts_are_refused():
+    with pytest.raises(InputError, match=r"moe\.d_ff_expert=64 needs experts"):
+        override(CONFIG, {"model.moe.d_ff_expert": 64})
+
+
+def test_a_section_in_a_section_is_changed_together_with_it():
+    changes = {"model.moe.num_experts": 4, "model.d_ff": 64, "steps": 7}
+    config = override(CONFIG, changes)
+    assert (config.model.moe.num_experts, config.model.d_ff, config.steps) == (4, 64, 7)
+    assert config.model.d_ff_expert == 64
+    assert (
+        override(config, {"model.moe.num_experts": 0}).model
+        == override(CONFIG, {"model.d_ff": 64}).model
+    )

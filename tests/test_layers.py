@@ -18,6 +18,7 @@ LAYERS = (
     ("sharding", "pallas_kernels"),
     ("jaxllm.errors",),
     ("jaxllm.checks",),
+    ("jaxllm.modelconfig",),
     ("jaxllm.config",),
     ("jaxllm.presets", "jaxllm.settings", "jaxllm.compilation"),
     ("jaxllm.configfile", "jaxllm.console", "jaxllm.resilience"),
@@ -32,8 +33,9 @@ LAYERS = (
     ("jaxllm.train", "jaxllm.tokenize", "jaxllm.compare_meshes"),
 )
 STANDARD_LIBRARY_ONLY = (
-    *("jaxllm.errors", "jaxllm.checks", "jaxllm.config", "jaxllm.presets"),
-    *("jaxllm.settings", "jaxllm.configfile", "jaxllm.savedconfig"),
+    *("jaxllm.errors", "jaxllm.checks", "jaxllm.modelconfig", "jaxllm.config"),
+    *("jaxllm.presets", "jaxllm.settings", "jaxllm.configfile"),
+    "jaxllm.savedconfig",
 )
 # Third-party package -> where it may be imported.
 USERS = {
