@@ -18,6 +18,8 @@ LETTERS = {
     "F": "MLP width",
     "V": "vocabulary",
     "E": "experts",
+    "R": "experts that a router compares",
+    "A": "experts of a token",
     "C": "expert capacity",
     "L": "layers",
     "P": "pipeline stages",

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sharding.rules import COMPUTE, STORAGE, Table, spec
+from sharding.rules import COMPUTE, STORAGE, Table, axes_by_letter, spec
 
 Out = str | jax.P | None  # letters or a spec; there is none without a mesh
 
@@ -141,14 +141,17 @@ def reduce_to_storage(partial: jax.Array, letters: str) -> jax.Array:
     """Adds up each device's gradient of a parameter, leaving it cut as in STORAGE.
 
     Only inside `local`: partial is a sum over this device's part of the batch, cut by
-    COMPUTE like the parameter in use.
+    COMPUTE like the parameter in use. An axis that cuts the parameter then has brought
+    it the whole batch along that axis already, as `expert` does.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    batch_axes = [a for letter in "BT" for a in axes_of(letter)]
-    for dim, entry in enumerate(() if mesh.empty else spec(letters, STORAGE, mesh)):
-        if entry in batch_axes:
-            batch_axes.remove(entry)
+    in_use = {axis for letter in letters for axis in axes_of(letter)}
+    left = {axis for letter in "BT" for axis in axes_of(letter)} - in_use
+    by_letter = [] if mesh.empty else axes_by_letter(letters, STORAGE, mesh)
+    for dim, axes in enumerate(by_letter):
+        if scattered := tuple(axis for axis in axes if axis in left):
+            left -= set(scattered)
             partial = jax.lax.psum_scatter(
-                partial, entry, scatter_dimension=dim, tiled=True
+                partial, scattered, scatter_dimension=dim, tiled=True
             )
-    return jax.lax.psum(partial, tuple(batch_axes)) if batch_axes else partial
+    return jax.lax.psum(partial, tuple(sorted(left))) if left else partial

@@ -12,7 +12,7 @@ import jax
 from sharding.alphabet import LETTERS
 from sharding.errors import ShardingError
 from sharding.report import format_table
-from sharding.rules import COMPUTE, STORAGE, AnyMesh, Table, spec
+from sharding.rules import COMPUTE, STORAGE, AnyMesh, Table, axes_by_letter, spec
 
 LARGE_BYTES = 2**20  # a parameter from here on may not stay whole on every device
 
@@ -144,9 +144,10 @@ def _row(path, leaf, letters, mesh, table, overrides, problems) -> Row:
             placed = spec(axes, table, mesh)
         except ShardingError as error:
             problems.append(f"{path}: {error}")
-        for letter, size in zip(axes, leaf.shape, strict=True):
+        by_letter = axes_by_letter(axes, table, mesh)
+        for letter, size, cut in zip(axes, leaf.shape, by_letter, strict=True):
             where = f"{path} {axes}={leaf.shape}"
-            problems += _misfit(where, letter, size, mesh, table)
+            problems += _misfit(where, letter, size, mesh, cut)
     total = math.prod(leaf.shape) * leaf.dtype.itemsize
     row = Row(
         path=path,
@@ -162,8 +163,7 @@ def _row(path, leaf, letters, mesh, table, overrides, problems) -> Row:
     return row
 
 
-def _misfit(where: str, letter: str, size: int, mesh: AnyMesh, table: Table):
-    axes = [a for a in table.get(letter, ()) if mesh.shape.get(a, 1) > 1]
+def _misfit(where: str, letter: str, size: int, mesh: AnyMesh, axes: list[str]):
     ways = math.prod(mesh.shape[a] for a in axes)
     if size % ways == 0:
         return []
@@ -181,7 +181,13 @@ def _misfits_of_dims(dims, mesh) -> list[str]:
     return [
         problem
         for letter, (setting, size) in dims.items()
-        for problem in _misfit(f"{setting}={size}", letter, size, mesh, COMPUTE)
+        for problem in _misfit(
+            f"{setting}={size}",
+            letter,
+            size,
+            mesh,
+            *axes_by_letter(letter, COMPUTE, mesh),
+        )
     ]
 
 

@@ -3,6 +3,8 @@
 
 COMPUTE places activations, and weights while they are used. STORAGE places parameters,
 gradients and optimizer state at rest: it also cuts D, which a use gathers first.
+
+Between layers of experts, `expert` is one more axis of the batch.
 """
 
 from collections.abc import Mapping
@@ -15,7 +17,7 @@ from sharding.errors import ShardingError
 Table = Mapping[str, tuple[str, ...]]
 
 COMPUTE: Table = {
-    "B": ("data", "fsdp"),
+    "B": ("data", "fsdp", "expert"),
     "T": ("context",),
     "N": ("tensor",),
     "K": ("tensor",),
@@ -25,7 +27,7 @@ COMPUTE: Table = {
 }
 
 STORAGE: Table = {
-    "D": ("fsdp",),
+    "D": ("fsdp", "expert"),
     "N": ("tensor",),
     "K": ("tensor",),
     "F": ("tensor",),
@@ -34,7 +36,30 @@ STORAGE: Table = {
     "L": ("stage",),
 }
 
+# It leaves an axis to another letter of its tensor: D is cut by `expert` in all weights
+# but those of the experts.
+YIELDS = "D"
+
 AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
+
+
+def axes_by_letter(letters: str, table: Table, mesh: AnyMesh) -> list[list[str]]:
+    """Returns the mesh axes larger than 1 that cut each dim of a tensor."""
+    claimed = {
+        axis
+        for letter in letters
+        if letter not in YIELDS
+        for axis in table.get(letter, ())
+    }
+    return [
+        [
+            axis
+            for axis in table.get(letter, ())
+            if mesh.shape.get(axis, 1) > 1
+            and not (letter in YIELDS and axis in claimed)
+        ]
+        for letter in letters
+    ]
 
 
 def spec(letters: str, table: Table, mesh: AnyMesh) -> jax.P:
@@ -45,13 +70,13 @@ def spec(letters: str, table: Table, mesh: AnyMesh) -> jax.P:
     """
     taken: dict[str, str] = {}
     entries = []
-    for letter in letters:
+    by_letter = axes_by_letter(letters, table, mesh)
+    for letter, axes in zip(letters, by_letter, strict=True):
         if letter not in LETTERS:
             raise ShardingError(
                 f"letter {letter!r} of {letters!r} is unknown; use one of "
                 f"{''.join(LETTERS)} or add it to sharding/alphabet.py."
             )
-        axes = [a for a in table.get(letter, ()) if mesh.shape.get(a, 1) > 1]
         for axis in axes:
             if axis in taken:
                 raise ShardingError(

@@ -16,6 +16,7 @@ from sharding import (
 )
 
 MESH = abstract_mesh(dict(data=2, fsdp=4, tensor=2))
+EXPERTS = abstract_mesh(dict(fsdp=4, expert=2))
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,24 @@ MESH = abstract_mesh(dict(data=2, fsdp=4, tensor=2))
 def test_compute_gathers_what_storage_cuts_by_model_width(letters, compute, storage):
     assert spec(letters, COMPUTE, MESH) == compute
     assert spec(letters, STORAGE, MESH) == storage
+
+
+@pytest.mark.parametrize(
+    ("letters", "compute", "storage"),
+    [
+        ("BT", jax.P(("fsdp", "expert"), None), jax.P(None, None)),
+        ("DF", jax.P(None, None), jax.P(("fsdp", "expert"), None)),
+        (
+            "LEDF",
+            jax.P(None, "expert", None, None),
+            jax.P(None, "expert", "fsdp", None),
+        ),
+        ("EFD", jax.P("expert", None, None), jax.P("expert", None, "fsdp")),
+    ],
+)
+def test_the_width_leaves_the_expert_axis_to_experts(letters, compute, storage):
+    assert spec(letters, COMPUTE, EXPERTS) == compute
+    assert spec(letters, STORAGE, EXPERTS) == storage
 
 
 def test_axes_of_size_1_vanish():
