@@ -159,8 +159,11 @@ def _tolerant_barriers() -> Iterator[None]:
     strict = barrier.deallocate
 
     def deallocate(self):
-        self.last_observed_phase_by_thread.clear()
-        strict(self)
+        with self.cv:
+            # Each thread calls this at its end; until the last one the phases count.
+            if self.ref_count == 1:
+                self.last_observed_phase_by_thread.clear()
+            strict(self)
 
     barrier.deallocate = deallocate
     try:
