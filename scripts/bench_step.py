@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Times whole training steps on one GPU: each kernel on and off, and torch beside it.
+
+python scripts/bench_step.py [--arms mosaic,torch] [--batch 2] [--output DIR]
+    [--predict | --tiny]
+
+Each arm is the same model, batch and update: Llama 3.2 1B at 8192 tokens a row in
+bfloat16 with float32 parameters and AdamW, attention kept and the rest of a layer
+computed again. Tokens are random, on the device. Arms are processes one after the
+other, in two rounds of opposite order, because they do not fit into memory together;
+the second round finds its programs in the compilation cache. Written after each arm:
+tokens/s, MFU of the data sheet's 989 TFLOP/s, the largest memory in use beside what XLA
+predicted, and losses, which must agree. The first arm also leaves what XLA knows of
+the device (target_config.pbtxt) and its autotuning results (autotune_results.pbtxt).
+
+--predict compiles for an H200 that is not there, for the memory only; it needs
+`make .venv/cuda`. --tiny runs all of this on any machine, in seconds, for a test.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxllm import presets
+
+SCRIPTS = Path(__file__).parent
+KERNELS: tuple[str, ...] = ("attention", "norm", "cross_entropy")
+XLA: Mapping[str, str] = dict.fromkeys(KERNELS, "xla")
+MOSAIC: Mapping[str, str] = dict.fromkeys(KERNELS, "mosaic")
+# In the order of their worth, should the time run out. Plain JAX attention has a T x S
+# matrix a head: it does not fit with 4 rows.
+ARMS: Mapping[str, Mapping[str, str]] = {
+    "mosaic": MOSAIC,
+    "cudnn": {**XLA, "attention": "cudnn"},
+    "torch": {},
+    "mosaic, but cudnn attention": {**MOSAIC, "attention": "cudnn"},
+    "mosaic, but xla norm": {**MOSAIC, "norm": "xla"},
+    "mosaic, but xla cross_entropy": {**MOSAIC, "cross_entropy": "xla"},
+    "xla": XLA,
+}
+TINY = ("xla", "torch")
+CHANGES: Mapping[str, Mapping[str, Any]] = {
+    "llama_1b": {"remat": "save_attention"},
+    "tiny_1m": {"remat": "save_attention", "dtype": "float32"},
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """What one process measures."""
+
+    arm: str
+    kernels: Mapping[str, str]  # settings of config.kernels
+    batch: int  # rows a step
+    tiny: bool
+    predict: bool
+    steps: int  # a reading of the clock
+    readings: int
+    preset: str  # of jaxllm.presets
+    changes: Mapping[str, Any]  # of its fields
+    model: Mapping[str, Any]  # the same, as torch reads it
+
+
+def run_arms(asked: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """Runs each arm twice, in opposite orders, and writes what they found so far."""
+    names = asked.arms or (TINY if asked.tiny else tuple(ARMS))
+    if asked.predict:
+        names = [name for name in names if name != "torch"]
+    rounds = 1 if asked.predict or asked.tiny else 2
+    order = [name for i in range(rounds) for name in list(names)[:: 1 - 2 * (i % 2)]]
+    until = time.monotonic() + asked.seconds
+    found: list[dict[str, Any]] = []
+    for name in order:
+        left = until - time.monotonic()
+        if left < 20:
+            found.append({"arm": name, "failed": "no time left"})
+        elif not _hopeless(name, found):
+            found.append(_run_arm(name, asked, folder, timeout_s=left))
+        print(_line(found[-1]), flush=True)
+        _write(found, asked.output)
+    return found
+
+
+def _hopeless(name: str, found: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the arm failed in the first round: it would again."""
+    return any(row["arm"] == name and "failed" in row for row in found)
+
+
+def _run_arm(
+    name: str, asked: argparse.Namespace, folder: Path, timeout_s: float
+) -> dict[str, Any]:
+    preset = "tiny_1m" if asked.tiny else "llama_1b"
+    job = Job(
+        arm=name,
+        kernels=ARMS[name],
+        batch=asked.batch,
+        tiny=asked.tiny,
+        predict=asked.predict,
+        steps=2 if asked.tiny else 5,
+        readings=2 if asked.tiny else 5,
+        preset=preset,
+        changes=CHANGES[preset],
+        model=dataclasses.asdict(getattr(presets, preset)(**CHANGES[preset])),
+    )
+    script = "bench_step_torch.py" if name == "torch" else "bench_step_jax.py"
+    text = json.dumps(dataclasses.asdict(job))
+    environment = _environment(folder, asked, first=not (folder / "dump").exists())
+    command = [sys.executable, str(SCRIPTS / script), text]
+    try:
+        ended = subprocess.run(
+            command, env=environment, timeout=timeout_s, capture_output=True, text=True
+        )
+    except subprocess.TimeoutExpired:
+        return {"arm": name, "failed": f"not done in {timeout_s:.0f} s"}
+    _keep_device_files(folder, asked.output)
+    log = asked.output / f"step_{name.replace(', ', '_').replace(' ', '_')}.log"
+    log.write_text(ended.stdout + ended.stderr)
+    last = ended.stdout.strip().splitlines()[-1:] or [""]
+    if ended.returncode or not last[0].startswith("{"):
+        said = _reason(ended.stdout + ended.stderr)
+        return {"arm": name, "failed": f"status {ended.returncode}: {said}"}
+    return {"arm": name, **json.loads(last[0])}
+
+
+def _reason(text: str) -> str:
+    """Returns the line of a log that says what went wrong."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["silent"]
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    return (errors or lines)[-1][:300]
+
+
+def _environment(folder: Path, asked: argparse.Namespace, first: bool):
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(SCRIPTS.parent), *sys.path]),
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95",
+    }
+    if asked.tiny:
+        environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    if asked.predict:
+        plugin = [str(SCRIPTS.parent / ".venv" / "cuda"), environment["PYTHONPATH"]]
+        environment |= {
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": os.pathsep.join(plugin),
+            "JAX_ENABLE_COMPILATION_CACHE": "false",
+        }
+    elif first and not asked.tiny:
+        # XLA writes the device's description and what it autotuned beside its dumps.
+        (folder / "dump").mkdir()
+        flags = f"--xla_dump_to={folder / 'dump'} --xla_dump_hlo_module_re=.*train_step"
+        environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
+    return environment
+
+
+def _keep_device_files(folder: Path, output: Path) -> None:
+    """Copies what XLA said of the device once, if it has just said so."""
+    for kind, name in (
+        ("gpu_target_config", "target_config.pbtxt"),
+        ("autotune_results", "autotune_results.pbtxt"),
+    ):
+        files = sorted(
+            (folder / "dump").glob(f"*{kind}*"), key=lambda p: p.stat().st_size
+        )
+        if files:
+            shutil.copy(files[-1], output / name)
+
+
+def summarize(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns a row for each arm, from the readings of all its rounds."""
+    rows = []
+    for name in dict.fromkeys(row["arm"] for row in found):
+        mine = [row for row in found if row["arm"] == name]
+        good = [row for row in mine if "failed" not in row]
+        if not good:
+            rows.append(dict(mine[0]))
+            continue
+        seconds = [s for row in good for s in row.get("step_s", ())]
+        row = {**good[0], "step_s": seconds, "rounds": len(good)}
+        if seconds:
+            median = statistics.median(seconds)
+            row["median_step_s"] = median
+            row["tokens_per_s"] = row["tokens_a_step"] / median
+            row["mfu"] = row["flops_a_step"] / median / row["peak_flops"]
+            row["spread"] = (max(seconds) - min(seconds)) / median
+        rows.append(row)
+    return rows
+
+
+def format_rows(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns a Markdown table of arms."""
+    lines = [
+        "| arm | tokens/s | MFU | ms/step | spread | GiB in use | GiB predicted "
+        "| loss, first and last step |",
+        "|---" * 8 + "|",
+    ]
+    for row in rows:
+        if "failed" in row:
+            lines.append(f"| {row['arm']} | {row['failed']} |" + " |" * 6)
+            continue
+        cells = [row["arm"]]
+        if "median_step_s" in row:
+            cells += [f"{row['tokens_per_s']:.0f}", f"{100 * row['mfu']:.1f} %"]
+            cells += [
+                f"{1e3 * row['median_step_s']:.1f}",
+                f"{100 * row['spread']:.1f} %",
+            ]
+        else:
+            cells += ["-"] * 4
+        for name in ("peak_bytes", "predicted_bytes"):
+            value = row.get(name)
+            cells.append(f"{value / 2**30:.2f}" if value else "-")
+        cells.append(", ".join(f"{loss:.4f}" for loss in row.get("losses", ())) or "-")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _write(found: Sequence[Mapping[str, Any]], output: Path) -> None:
+    rows = summarize(found)
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    about = {"date": date, "command": " ".join(["python", *sys.argv])}
+    (output / "step.json").write_text(json.dumps({**about, "arms": rows}, indent=1))
+    text = "\n".join(f"- {name}: {value}" for name, value in about.items())
+    device = next((row["device"] for row in rows if "device" in row), "no device")
+    (output / "step.md").write_text(f"# {device}\n\n{text}\n\n{format_rows(rows)}")
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return format_rows(summarize([row])).splitlines()[-1]
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    add = parser.add_argument
+    add("--arms", type=lambda text: text.split(";"), help=f"of {'; '.join(ARMS)}")
+    add("--batch", type=int, default=2, help="rows of 8192 tokens a step")
+    add("--seconds", type=float, default=540, help="after which no arm starts")
+    add("--output", type=Path, default=Path("pallas_kernels/results"))
+    add("--predict", action="store_true", help="compile for a described H200 only")
+    add("--tiny", action="store_true", help="a model of kilobytes, on the CPU")
+    asked = parser.parse_args(arguments)
+    if unknown := set(asked.arms or ()) - set(ARMS):
+        parser.error(
+            f"no arm {', '.join(sorted(unknown))}; there are {'; '.join(ARMS)}"
+        )
+    asked.output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        found = run_arms(asked, Path(folder))
+    print(format_rows(summarize(found)))
+    return int(all("failed" in row for row in found))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

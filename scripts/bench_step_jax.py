@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One arm of bench_step.py that is ours; prints a line of JSON last.
+
+python scripts/bench_step_jax.py JOB
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+import sharding
+from jaxllm import presets
+from jaxllm.budget import flops_per_token, peak_flops
+from jaxllm.config import Config, DataConfig, MeshConfig, OptimizerConfig
+from jaxllm.configfile import override
+from jaxllm.settings import setting_types
+from jaxllm.step import Setup, compile_step, init_state, prepare
+from pallas_kernels import offline
+
+WARMUP_STEPS = 3
+PEAK_OF = "NVIDIA H200"  # what MFU is of, also where a tiny run is on a CPU
+
+
+def make_config(job: dict[str, Any]) -> Config:
+    """Returns the run of an arm: the 1B shape as shipped, one document a row."""
+    config = Config(
+        steps=1000,
+        model=getattr(presets, job["preset"])(**job["changes"]),
+        data=DataConfig(
+            paths=("random",),
+            sequence_length=64 if job["tiny"] else 8192,
+            batch_size=job["batch"],
+            cross_document_attention=True,  # cuDNN and torch know no documents
+        ),
+        mesh=MeshConfig(fsdp=1),
+        optimizer=OptimizerConfig(lr=1e-4, weight_decay=0.1),
+    )
+    kernels = {f"kernels.{name}": value for name, value in job["kernels"].items()}
+    known = {name: value for name, value in kernels.items() if name in setting_types()}
+    if missing := set(kernels) - set(known):
+        print(f"no such settings, left out: {', '.join(sorted(missing))}")
+    return override(config, known)
+
+
+def make_batch(setup: Setup) -> dict[str, jax.Array]:
+    """Returns random tokens, the same in every arm, on the device."""
+    row = setup.abstract_batch["tokens"]
+    shape = (row.shape[0], row.shape[1] + 1)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, setup.config.model.vocab_size, shape, dtype=np.int32)
+    arrays = {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "segments": np.ones(row.shape, np.int32),
+        "positions": np.broadcast_to(
+            np.arange(row.shape[1], dtype=np.int32), row.shape
+        ),
+    }
+    return {name: jax.device_put(a, row.sharding) for name, a in arrays.items()}
+
+
+def predicted_bytes(compiled: jax.stages.Compiled) -> int:
+    """Returns what XLA says a step needs: arguments, results and scratch together."""
+    said = compiled.memory_analysis()
+    assert said is not None
+    return (
+        said.argument_size_in_bytes
+        + said.output_size_in_bytes
+        - said.alias_size_in_bytes
+        + said.temp_size_in_bytes
+    )
+
+
+def measure(setup: Setup, compiled: Any, job: dict[str, Any]) -> dict[str, Any]:
+    """Returns the seconds of a step, a value for each reading of the clock."""
+    state, batch = init_state(setup), make_batch(setup)
+    losses, seconds = [], []
+    metrics = {}
+    for _ in range(WARMUP_STEPS):
+        state, metrics = compiled(state, batch)
+        losses.append(float(metrics["loss"]))
+    for _ in range(job["readings"]):
+        began = time.perf_counter()
+        for _ in range(job["steps"]):
+            state, metrics = compiled(state, batch)
+        jax.block_until_ready((state, metrics))
+        seconds.append((time.perf_counter() - began) / job["steps"])
+        losses.append(float(metrics["loss"]))
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return {
+        "step_s": seconds,
+        "losses": [losses[0], losses[-1]],
+        "peak_bytes": stats.get("peak_bytes_in_use"),
+    }
+
+
+def main(arguments: list[str]) -> None:
+    (text,) = arguments
+    job = json.loads(text)
+    config = make_config(job)
+    if job["predict"]:
+        mesh = offline.described_mesh((1, 1, 1), ("data", "fsdp", "tensor"))
+    else:
+        mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
+    setup = prepare(config, mesh)
+    began = time.perf_counter()
+    compiled = compile_step(setup)
+    length, rows = config.data.sequence_length, config.data.batch_size
+    found = {
+        "device": mesh.devices.flat[0].device_kind,
+        "jax": jax.__version__,
+        "kernels": dataclasses.asdict(config.kernels),
+        "remat": config.model.remat,
+        "tokens_a_step": rows * length,
+        "flops_a_step": rows * length * flops_per_token(config.model, length),
+        "peak_flops": peak_flops(PEAK_OF, "bfloat16"),
+        "compile_s": time.perf_counter() - began,
+        "predicted_bytes": predicted_bytes(compiled),
+    }
+    if not job["predict"]:
+        found |= measure(setup, compiled, job)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
