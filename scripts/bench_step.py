@@ -89,7 +89,7 @@ def run_arms(asked: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         elif not _hopeless(name, found):
             found.append(_run_arm(name, asked, folder, timeout_s=left))
         print(_line(found[-1]), flush=True)
-        _write(found, asked.output)
+        _write(found, asked.output / asked.stem)
     return found
 
 
@@ -125,8 +125,8 @@ def _run_arm(
     except subprocess.TimeoutExpired:
         return {"arm": name, "failed": f"not done in {timeout_s:.0f} s"}
     _keep_device_files(folder, asked.output)
-    log = asked.output / f"step_{name.replace(', ', '_').replace(' ', '_')}.log"
-    log.write_text(ended.stdout + ended.stderr)
+    with (asked.output / f"{asked.stem}.log").open("a") as log:
+        log.write(f"=== {name}\n{ended.stdout}{ended.stderr}\n")
     last = ended.stdout.strip().splitlines()[-1:] or [""]
     if ended.returncode or not last[0].startswith("{"):
         said = _reason(ended.stdout + ended.stderr)
@@ -228,14 +228,14 @@ def format_rows(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _write(found: Sequence[Mapping[str, Any]], output: Path) -> None:
+def _write(found: Sequence[Mapping[str, Any]], stem: Path) -> None:
     rows = summarize(found)
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     about = {"date": date, "command": " ".join(["python", *sys.argv])}
-    (output / "step.json").write_text(json.dumps({**about, "arms": rows}, indent=1))
+    stem.with_suffix(".json").write_text(json.dumps({**about, "arms": rows}, indent=1))
     text = "\n".join(f"- {name}: {value}" for name, value in about.items())
     device = next((row["device"] for row in rows if "device" in row), "no device")
-    (output / "step.md").write_text(f"# {device}\n\n{text}\n\n{format_rows(rows)}")
+    stem.with_suffix(".md").write_text(f"# {device}\n\n{text}\n\n{format_rows(rows)}")
 
 
 def _line(row: Mapping[str, Any]) -> str:
@@ -249,6 +249,7 @@ def main(arguments: Sequence[str]) -> int:
     add("--batch", type=int, default=2, help="rows of 8192 tokens a step")
     add("--seconds", type=float, default=540, help="after which no arm starts")
     add("--output", type=Path, default=Path("pallas_kernels/results"))
+    add("--stem", default="step", help="of the files' names")
     add("--predict", action="store_true", help="compile for a described H200 only")
     add("--tiny", action="store_true", help="a model of kilobytes, on the CPU")
     asked = parser.parse_args(arguments)
@@ -257,6 +258,7 @@ def main(arguments: Sequence[str]) -> int:
             f"no arm {', '.join(sorted(unknown))}; there are {'; '.join(ARMS)}"
         )
     asked.output.mkdir(parents=True, exist_ok=True)
+    (asked.output / f"{asked.stem}.log").unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         found = run_arms(asked, Path(folder))
     print(format_rows(summarize(found)))

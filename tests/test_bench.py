@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.bench import __main__ as command
-from pallas_kernels.bench import check, peers, search
+from pallas_kernels.bench import check, peers, prove, search
 from pallas_kernels.bench.ceilings import Ceilings, measure_ceilings
 from pallas_kernels.bench.options import Options
 from pallas_kernels.bench.record import format_results, write_results
 from pallas_kernels.bench.supervisor import read_records, supervise
 from pallas_kernels.bench.timing import Entrant, time_in_turns
-from pallas_kernels.bench.worker import measure
+from pallas_kernels.bench.worker import measure, one_of_each_kind
 from pallas_kernels.case import Case, Search
 
 
@@ -61,6 +61,13 @@ def options(tmp_path) -> Options:
     )
 
 
+def test_a_proof_has_errors_a_verdict_and_compares_the_bits_of_two_runs():
+    found = prove.prove(make_case(), dry=True)
+    assert found["verdict"] == {"mosaic": "right"}
+    assert found["same_bits"] == {"mosaic": True, "xla": True}
+    assert found["errors"]["mosaic"] == found["errors"]["xla"]
+
+
 def test_a_record_has_times_errors_and_a_verdict(options):
     record = measure(make_case(), options)
     assert record["failures"] == {}
@@ -97,6 +104,15 @@ def test_an_implementation_that_raises_leaves_the_others_measured(options):
 def test_the_reference_of_a_case_stands_in_for_plain_jax_that_does_not_fit(options):
     case = make_case(functions={"mosaic": scale}, reference=scale)
     assert measure(case, options)["verdict"] == {"mosaic": "right"}
+
+
+def test_the_first_run_takes_the_cheapest_case_of_each_kind():
+    forward = make_case(name="forward-8k", flops=1e15)
+    cases = [forward, make_case(), make_case(name="backward-64")]
+    assert {case.name for case in one_of_each_kind(cases)} == {
+        "forward-64",
+        "backward-64",
+    }
 
 
 def test_equal_infinities_are_no_error():

@@ -124,6 +124,7 @@ def main(arguments: Sequence[str]) -> int:
     add = parser.add_argument
     add("operations", nargs="*", help=f"of {', '.join(offline.OPERATIONS)}; none: all")
     add("--part", default="", help="only cases whose name contains this")
+    add("--first", action="store_true", help="one small case of each kind")
     add("--tune", action="store_true", help="time other tiles too, write the table")
     add("--seconds", type=float, default=540, help="after which no case starts")
     add("--case_seconds", type=float, default=3, help="of timing a case at most")
@@ -144,6 +145,7 @@ def main(arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         options = Options(
             part=asked.part,
+            first=asked.first,
             tune=asked.tune,
             dry=asked.dry,
             peers=not asked.no_peers,

@@ -10,6 +10,7 @@ class Options:
     """A run of `python -m pallas_kernels.bench`."""
 
     part: str = ""  # of the names of cases; "" is all
+    first: bool = False  # one small case of each kind only: does anything run at all
     tune: bool = False  # time other tiles, and write the table of tiles
     dry: bool = False  # tiny cases on the CPU: proves the code, measures nothing
     peers: bool = True  # time other libraries too

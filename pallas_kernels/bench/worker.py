@@ -42,6 +42,7 @@ def run_cases(options: Options, operation: str, first: int, stride: int) -> None
     log = Path(options.folder) / f"{operation}-{first}.jsonl"
     begun = {event["name"] for event in read_events(log)}
     cases = [c for c in find_cases(operation, options.dry) if options.part in c.name]
+    cases = one_of_each_kind(cases) if options.first else cases
     with log.open("a", buffering=1) as lines:
         for case in cases[first::stride]:
             if case.name in begun:
@@ -59,6 +60,14 @@ def find_cases(operation: str, dry: bool) -> list[Case]:
     """Returns the cases of an operation, or the tiny ones of a dry run."""
     module = importlib.import_module(f"pallas_kernels.{operation}.cases")
     return module.tiny_cases() if dry else module.cases()
+
+
+def one_of_each_kind(cases: Sequence[Case]) -> list[Case]:
+    """Returns the cheapest case of each first word of a name."""
+    found: dict[str, Case] = {}
+    for case in sorted(cases, key=lambda case: case.least_seconds()):
+        found.setdefault(case.name.partition("-")[0], case)
+    return list(found.values())
 
 
 def measure(case: Case, options: Options) -> Record:
