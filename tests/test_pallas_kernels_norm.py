@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 import pallas_kernels
+from pallas_kernels.norm import choose_norm
 
-rms_norm = jax.jit(pallas_kernels.rms_norm, static_argnames="eps")
+rms_norm = jax.jit(pallas_kernels.rms_norm, static_argnames=("eps", "offset"))
 layer_norm = jax.jit(pallas_kernels.layer_norm, static_argnames="eps")
 
 D = 64
@@ -112,3 +114,83 @@ def test_gradients_are_the_slopes_of_float64():
     slope = (exact(1e-5) - exact(-1e-5)) / 2e-5
     size = np.linalg.norm(gradient) * np.linalg.norm(direction)
     assert (gradient * direction).sum() == pytest.approx(slope, abs=16 * EPS32 * size)
+
+
+def test_offset_one_is_a_scale_kept_as_its_distance_from_one():
+    x, distance = jnp.asarray(draw((3, D)), jnp.float32), jnp.asarray(draw((D,)), "f4")
+    got = rms_norm(x, distance, eps=1e-6, offset=1.0)
+    np.testing.assert_array_equal(got, rms_norm(x, 1 + distance, eps=1e-6))
+
+
+def test_with_a_residual_the_norm_is_that_of_the_sum_and_both_come_out():
+    x, r = (jnp.asarray(draw((3, D), seed=seed), jnp.float32) for seed in (1, 2))
+    scale, bias = jnp.ones(D), jnp.ones(D)
+    y, s = rms_norm(x, scale, eps=1e-6, residual=r)
+    np.testing.assert_array_equal(s, x + r)
+    np.testing.assert_allclose(y, rms_norm(x + r, scale, eps=1e-6), rtol=4 * EPS32)
+    y, s = layer_norm(x, scale, bias, eps=1e-6, residual=r)
+    np.testing.assert_array_equal(s, x + r)
+    expected = layer_norm(x + r, scale, bias, eps=1e-6)
+    np.testing.assert_allclose(y, expected, rtol=4 * EPS32, atol=8 * EPS32)
+
+
+X = jnp.ones((2, D), jnp.bfloat16)
+ONE = jnp.ones(D)
+
+
+@pytest.mark.parametrize(
+    "arguments, options, says",
+    [
+        ((jnp.float32(1), ONE), {}, "last dim"),
+        ((X.astype(jnp.int32), ONE), {}, "floating point"),
+        ((X, jnp.ones(D + 1)), {}, r"scale \(65,\)"),
+        ((X, jnp.ones((1, D))), {}, r"scale \(1, 64\)"),
+        ((X, ONE.astype(jnp.float16)), {}, "scale of float16"),
+        ((X, ONE), {"residual": X[:1]}, "residual"),
+        ((X, ONE), {"residual": X.astype(jnp.float32)}, "both must be alike"),
+        ((X, ONE), {"eps": -1.0}, "eps=-1.0"),
+        ((X, ONE), {"eps": float("nan")}, "eps=nan"),
+        ((X, ONE), {"implementation": "triton"}, "it has mosaic, xla, and auto"),
+        ((X, ONE), {"implementation": "cudnn"}, "it has mosaic, xla, and auto"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, options, says):
+    with pytest.raises(ValueError, match=says):
+        pallas_kernels.rms_norm(*arguments, **({"eps": 1e-6} | options))
+
+
+def test_layer_norm_refuses_a_bias_of_another_width():
+    with pytest.raises(ValueError, match=r"layer_norm got bias \(65,\)"):
+        pallas_kernels.layer_norm(X, ONE, jnp.ones(D + 1), eps=1e-6)
+
+
+@pytest.mark.parametrize(
+    "kind, shape, dtype, says",
+    [
+        ("NVIDIA H200", (4, 128), "float64", "dtype float64"),
+        ("NVIDIA H200", (4, 65), "bfloat16", "width 65"),
+        ("NVIDIA H200", (4, 16383), "bfloat16", "width 16383"),
+        ("NVIDIA H200", (0, 128), "bfloat16", "empty arrays"),
+        ("NVIDIA A100", (4, 128), "bfloat16", "Hopper only"),
+        ("cpu", (4, 128), "bfloat16", "platform cpu"),
+    ],
+)
+def test_what_the_kernels_cannot_do_is_refused_and_auto_takes_plain_jax(
+    kind, shape, dtype, says
+):
+    platform = "gpu" if "NVIDIA" in kind else "cpu"
+    device = AbstractDevice(device_kind=kind, num_cores=132, platform=platform)
+    x = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+    with use_abstract_mesh(AbstractMesh((), (), (), abstract_device=device)):
+        with pytest.raises(NotImplementedError, match=says):
+            choose_norm(x, "mosaic")
+        chosen = choose_norm(x)
+        assert chosen.implementation == "xla" and says in chosen.reason
+
+
+def test_auto_takes_the_kernels_on_a_hopper_gpu():
+    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    with use_abstract_mesh(AbstractMesh((), (), (), abstract_device=device)):
+        for width in (64, 128, 1000, 2561, 4096, 16384):
+            x = jax.ShapeDtypeStruct((4, width), jnp.bfloat16)
+            assert choose_norm(x, has_residual=True).implementation == "mosaic"

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls of the norms at the shapes of models."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.case import Case, Search
+from pallas_kernels.norm.backward import backward
+from pallas_kernels.norm.forward import forward
+from pallas_kernels.norm.op import layer_norm, rms_norm
+from pallas_kernels.norm.reference import layer_norm_reference, rms_norm_reference
+from pallas_kernels.norm.tiles import Tile, choose_tile, with_slots
+from pallas_kernels.target import Target
+
+H200 = Target("gpu", "NVIDIA H200", 132)
+EPS = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Rows of a width, and what is done to them."""
+
+    name: str
+    rows: int
+    width: int
+    kind: str = "rms"  # or "layer"
+    residual: bool = True
+    in_ci: bool = True
+
+
+SHAPES = (
+    Shape("rms-16k-4096", 16384, 4096),
+    Shape("rms-8k-8192", 8192, 8192, in_ci=False),
+    Shape("rms-8k-16384", 8192, 16384),
+    Shape("rms-alone-16k-4096", 16384, 4096, residual=False, in_ci=False),
+    Shape("rms-heads-1m-128", 1048576, 128, residual=False),
+    Shape("rms-heads-1m-64", 1048576, 64, residual=False, in_ci=False),
+    Shape("rms-16k-2880", 16384, 2880, in_ci=False),
+    Shape("rms-odd-8k-2561", 8192, 2561),
+    Shape("layer-16k-1024", 16384, 1024, kind="layer"),
+    Shape("layer-8k-12288", 8192, 12288, kind="layer", in_ci=False),
+)
+
+
+def cases() -> list[Case]:
+    """Returns the forward and the backward pass of each shape."""
+    return [make(shape) for shape in SHAPES for make in (_forward, _backward)]
+
+
+def _forward(shape: Shape) -> Case:
+    def run(x_RD, scale_D, *others, implementation):
+        residual = others[-1] if shape.residual else None
+        options: Any = dict(eps=EPS, residual=residual, implementation=implementation)
+        if shape.kind == "layer":
+            return layer_norm(x_RD, scale_D, others[0], **options)
+        return rms_norm(x_RD, scale_D, **options)
+
+    def with_tile(tile: Tile) -> Callable:
+        def run(x_RD, scale_D, *others):
+            residual = others[-1] if shape.residual else None
+            bias_D = others[0] if shape.kind == "layer" else None
+            *total, y_RD = forward(x_RD, residual, scale_D, bias_D, eps=EPS, tile=tile)
+            return (y_RD, *total) if total else y_RD
+
+        return run
+
+    x, scale = _abstract(shape)
+    bias = (scale,) if shape.kind == "layer" else ()
+    return _case(
+        *("forward", shape, with_tile),
+        mosaic=functools.partial(run, implementation="mosaic"),
+        xla=functools.partial(run, implementation="xla"),
+        inputs=(x, scale, *bias, *((x,) if shape.residual else ())),
+        num_read=1 + shape.residual,
+        num_written=1 + shape.residual,
+    )
+
+
+def _backward(shape: Shape) -> Case:
+    def run(x_RD, scale_D, dy_RD, *dsum):
+        def normed(x_RD, scale_D):
+            if shape.kind == "layer":
+                bias_D = jnp.zeros_like(scale_D)
+                return layer_norm_reference(x_RD, scale_D, bias_D, eps=EPS)
+            return rms_norm_reference(x_RD, scale_D, eps=EPS)
+
+        dx_RD, dscale_D = jax.vjp(normed, x_RD, scale_D)[1](dy_RD)
+        return sum(dsum, dx_RD), dscale_D
+
+    def with_tile(tile: Tile) -> Callable:
+        def run(x_RD, scale_D, dy_RD, *dsum):
+            gradients = backward(
+                *(x_RD, dy_RD, dsum[0] if dsum else None, scale_D),
+                eps=EPS,
+                is_centered=shape.kind == "layer",
+                tile=tile,
+            )
+            return tuple(gradients[:2])
+
+        return run
+
+    x, scale = _abstract(shape)
+    return _case(
+        *("backward", shape, with_tile),
+        # The kernel alone: behind the op, the forward one would run with it.
+        mosaic=with_tile(_tile("backward", shape, 2 + shape.residual)),
+        xla=run,
+        inputs=(x, scale, x, *((x,) if shape.residual else ())),
+        num_read=2 + shape.residual,
+        num_written=1,
+    )
+
+
+def _abstract(shape: Shape) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    return (
+        jax.ShapeDtypeStruct((shape.rows, shape.width), jnp.bfloat16),
+        jax.ShapeDtypeStruct((shape.width,), jnp.float32),
+    )
+
+
+def _case(
+    direction: str,
+    shape: Shape,
+    with_tile: Callable,
+    *,
+    mosaic: Callable,
+    xla: Callable,
+    inputs: tuple[jax.ShapeDtypeStruct, ...],
+    num_read: int,
+    num_written: int,
+) -> Case:
+    tile = _tile(direction, shape, num_read)
+    return Case(
+        operation="norm",
+        name=f"{direction}-{shape.name}",
+        functions={"mosaic": mosaic, "xla": xla},
+        inputs=inputs,
+        flops=0.0,
+        num_bytes=2.0 * shape.rows * shape.width * (num_read + num_written),
+        tile=tile,
+        make_inputs=functools.partial(_make_inputs, inputs),
+        call=dict(
+            direction=direction, kind=shape.kind, residual=shape.residual, eps=EPS
+        ),
+        search=Search(
+            kernel=f"norm_{direction}",
+            call=dict(width=shape.width, itemsize=2, num_operands=num_read),
+            tiles=_tiles(tile, 2 * num_read),
+            function=with_tile,
+        ),
+        in_ci=shape.in_ci,
+    )
+
+
+def _tile(direction: str, shape: Shape, num_read: int) -> Tile:
+    tile = choose_tile(H200, f"norm_{direction}", shape.width, 2, num_read)
+    assert tile is not None
+    return tile
+
+
+def _tiles(tile: Tile, bytes_per_column: int) -> tuple[Tile, ...]:
+    """Returns a tile, and others with more or fewer bytes in flight."""
+    others = [
+        dataclasses.replace(tile, slots=slots, blocks_per_core=blocks)
+        for slots in ((2, 3, 4, 6, 8) if tile.staged else (tile.slots,))
+        for blocks in (1, 2, 3, 4, 6)
+        if blocks * tile.parts <= 8
+    ]
+    fitting = [
+        other for other in others if with_slots(other, bytes_per_column) == other
+    ]
+    return tuple(dict.fromkeys([tile, *fitting]))
+
+
+def _make_inputs(
+    inputs: tuple[jax.ShapeDtypeStruct, ...], key: jax.Array
+) -> tuple[Any, ...]:
+    keys = jax.random.split(key, len(inputs))
+    return tuple(
+        jax.random.normal(k, x.shape, x.dtype)
+        for k, x in zip(keys, inputs, strict=True)
+    )

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The forward kernel: every row is read once and written once."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.norm import rows
+from pallas_kernels.norm.sweep import sweep
+from pallas_kernels.norm.tiles import Tile
+
+
+def forward(
+    x_RD: jax.Array,
+    residual_RD: jax.Array | None,
+    weight_D: jax.Array,
+    bias_D: jax.Array | None,
+    *,
+    eps: float,
+    tile: Tile,
+) -> list[jax.Array]:
+    """Returns [the sum of x and residual, if there is one,] and its norm.
+
+    Args:
+      weight_D: float32.
+      bias_D: float32, of a LayerNorm; None is an RMSNorm.
+    """
+    num_rows, width = x_RD.shape
+    inputs = [x for x in (x_RD, residual_RD) if x is not None]
+    vectors = [v for v in (weight_D, bias_D) if v is not None]
+    dtype = x_RD.dtype
+
+    room = tile.registers // 2 // tile.columns  # pieces that a thread can keep
+
+    def prepare(vector_refs):
+        loads = [functools.partial(rows.load_vector, tile, ref) for ref in vector_refs]
+        weight, *bias = (
+            rows.remember(tile, load, len(vectors) <= room) for load in loads
+        )
+
+        def step(sources, targets, first_row, carry, exchange):
+            del first_row
+
+            def read(k):
+                x, *others = (rows.load(tile, source, k) for source in sources)
+                # Rounded as the sum that the caller gets is.
+                return sum(others, x).astype(dtype).astype(jnp.float32)
+
+            x = rows.remember(tile, read, len(vectors) < room)
+            center, rstd = statistics(tile, width, eps, bias_D is not None, x, exchange)
+            for k in range(tile.num_pieces):
+                value, y = x(k), center(k) * rstd * weight(k)
+                y = sum((more(k) for more in bias), y)
+                for target, out in zip(targets[::-1], (y, value), strict=False):
+                    rows.store(tile, target, k, out.astype(dtype))
+            return carry
+
+        return step, ()
+
+    outputs = sweep(
+        "norm_forward",
+        tile,
+        [x.reshape(num_rows, tile.parts, -1) for x in inputs],
+        [rows.arrange(tile, vector) for vector in vectors],
+        num_outputs=len(inputs),
+        num_totals=0,
+        prepare=prepare,
+    )
+    return [out.reshape(x_RD.shape) for out in outputs]
+
+
+def statistics(tile, width, eps, is_centered, x, exchange):
+    """Returns pieces of x less its mean, if that is asked, and 1 / their rms."""
+    center = x
+    if is_centered:
+        (total,) = rows.row_sums(tile, width, exchange, x)
+        mean = rows.spread(tile, total / width)
+
+        def center(k):
+            return x(k) - mean
+
+    (squares,) = rows.row_sums(tile, width, exchange, lambda k: center(k) * center(k))
+    return center, rows.spread(tile, lax.rsqrt(squares / width + eps))

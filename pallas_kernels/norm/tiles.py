@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a norm is cut up: the rows of a step, and a row among threads."""
+
+import dataclasses
+import math
+
+from pallas_kernels.target import Target
+from pallas_kernels.tuning import find_tile
+
+WARPGROUP = 128  # threads
+SHARED_BYTES = 224 * 1024  # of a core, less what the system and barriers take
+COPY_BYTES = 16  # bulk copies move multiples of this, from and to multiples of it
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """The cut of a norm over rows of one width.
+
+    Narrow rows lie several to a warpgroup, and no sum leaves its warp; a wide row lies
+    on one warpgroup or more. Either way a thread handles up to about 32 columns, so
+    that the gradient of the scale stays in its registers from row to row.
+    """
+
+    lanes: int  # threads that share a row: 8, 16, 32, or 128 of each of `parts`
+    vector: int  # neighbouring elements of a thread
+    parts: int  # warpgroups that share a row; each has width / parts columns of it
+    rows: int  # of a step; 1 if the rows are wide
+    piece: int  # columns of a part that are handled at once
+    num_pieces: int  # of a part; the last may stick out
+    staged: bool  # through shared memory; else straight from and to global memory
+    slots: int  # steps in shared memory at once: being read, worked on or written
+    blocks_per_core: int
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether rows lie several to a warpgroup."""
+        return self.lanes < WARPGROUP
+
+    @property
+    def columns(self) -> int:
+        """Columns of a thread."""
+        return self.piece * self.num_pieces // self.lanes
+
+    @property
+    def registers(self) -> int:
+        """What a thread has if all blocks of a core are to fit."""
+        return min(255, 65536 // (WARPGROUP * self.parts * self.blocks_per_core))
+
+
+def choose_tile(
+    target: Target, kernel: str, width: int, itemsize: int, num_operands: int
+) -> Tile | None:
+    """Returns the tile for rows of a width, or None if these kernels cannot.
+
+    Args:
+      kernel: "norm_forward" or "norm_backward".
+      itemsize: bytes of an element.
+      num_operands: arrays read, each of which takes its place in every slot.
+    """
+    # Totals of narrow rows are float32, and a thread stores 16 bytes of them at most.
+    widest = 16 // itemsize if kernel == "norm_forward" else 4
+    tile = _narrow(width, itemsize, widest) or _wide(width, itemsize)
+    if tile is None:
+        return None
+    # A thread of the backward kernel holds twice as much, so fewer fit on a core.
+    most = 4 if kernel == "norm_forward" else 2 + 2 * (tile.columns <= 16)
+    tile = dataclasses.replace(tile, blocks_per_core=max(1, most // tile.parts))
+    call = {"width": width, "itemsize": itemsize, "num_operands": num_operands}
+    tile = dataclasses.replace(tile, **find_tile(target, kernel, call))
+    return with_slots(tile, itemsize * num_operands)
+
+
+def with_slots(tile: Tile, bytes_per_column: int) -> Tile | None:
+    """Returns the tile with as many slots as fit, up to those it asks for."""
+    if not tile.staged:
+        return tile
+    columns = tile.rows * tile.parts * tile.num_pieces * tile.piece
+    for blocks in (tile.blocks_per_core, 1):
+        fitting = SHARED_BYTES // blocks // (columns * bytes_per_column)
+        if fitting:
+            slots = min(tile.slots, fitting)
+            return dataclasses.replace(tile, slots=slots, blocks_per_core=blocks)
+    return None
+
+
+def _narrow(width: int, itemsize: int, widest: int) -> Tile | None:
+    """Cuts rows so that 8, 16 or 32 threads share one, if the width allows."""
+    for vector in (8, 4, 2, 1):
+        for lanes in (32, 16, 8):
+            piece = lanes * vector
+            if vector > widest or width % piece or width > 40 * lanes:
+                continue
+            # 16 elements a thread and array: enough loads in flight, few registers.
+            times = max(1, 16 * lanes // width)
+            return Tile(
+                lanes=lanes,
+                vector=vector,
+                parts=1,
+                rows=WARPGROUP // lanes * times,
+                piece=piece,
+                num_pieces=width // piece,
+                staged=width * itemsize % COPY_BYTES == 0,
+                slots=6,
+                blocks_per_core=0,
+            )
+    return None
+
+
+def _wide(width: int, itemsize: int) -> Tile | None:
+    """Cuts a row among one, two or four warpgroups."""
+    able = [
+        parts
+        for most in (32, 48)
+        for parts in (1, 2, 4)
+        if width % parts == 0 and width // parts <= most * WARPGROUP
+    ]
+    if width < WARPGROUP or not able:
+        return None
+    parts = able[0]
+    part = width // parts
+    # Four warpgroups have 128 registers a thread: smaller pieces take fewer.
+    cuts = _pieces(part, itemsize, 16 if parts < 4 else 8)
+    vector, piece = min(cuts, key=lambda cut: _cost(part, *cut))
+    return Tile(
+        lanes=WARPGROUP,
+        vector=vector,
+        parts=parts,
+        rows=1,
+        piece=piece,
+        num_pieces=math.ceil(part / piece),
+        staged=part * itemsize % COPY_BYTES == 0,
+        slots=6,
+        blocks_per_core=0,
+    )
+
+
+def _pieces(part: int, itemsize: int, most: int) -> list[tuple[int, int]]:
+    """Returns the vectors and pieces, of `most` elements a thread, that fit a part."""
+    return [
+        (vector, WARPGROUP * count)
+        for vector in (8, 4, 2, 1)
+        for count in range(vector, most + 1, vector)
+        if vector * itemsize <= 16 and part % vector == 0 and WARPGROUP * count <= part
+    ]
+
+
+def _cost(part: int, vector: int, piece: int) -> tuple[float, int]:
+    """Weighs columns that stick out against the number of pieces and of loads."""
+    return math.ceil(part / piece) * (piece + 64) * (1 + 0.1 / vector), -vector
