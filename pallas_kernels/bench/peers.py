@@ -5,6 +5,7 @@ A library that is not installed is absent from the tables, which say so. Each pe
 built from `Case.call`; a call that a library does not offer has no entry.
 """
 
+import functools
 import importlib
 import importlib.metadata
 from collections.abc import Callable, Sequence
@@ -52,7 +53,7 @@ def jax_peers(case: Case) -> dict[str, Callable]:
             )
 
         return {"tokamax": attend}
-    if case.operation == "grouped_matmul" and call.get("direction") == "forward":
+    if case.operation == "grouped_matmul" and case.name.startswith("product"):
 
         def multiply(x, w, group_sizes, *_):
             return tokamax.ragged_dot(x, w, group_sizes, implementation="mosaic")
@@ -67,6 +68,9 @@ def torch_peers(case: Case, inputs: Inputs) -> dict[str, Callable[[], Entrant]]:
     if "absent" in found["torch"]:
         return {}
     torch = importlib.import_module("torch")
+    # A backward pass that is timed alone runs again and again from one forward pass.
+    config: Any = importlib.import_module("torch._functorch.config")
+    config.donated_buffer = False
     makers = {
         "attention": _attention,
         "norm": _norm,
@@ -75,7 +79,8 @@ def torch_peers(case: Case, inputs: Inputs) -> dict[str, Callable[[], Entrant]]:
     }
     if case.operation not in makers:
         return {}
-    functions = makers[case.operation](torch, dict(case.call))
+    call = {"kind_of_case": case.name.partition("-")[0], **case.call}
+    functions = makers[case.operation](torch, call)
     if "absent" in found["liger_kernel"]:
         functions = {n: f for n, f in functions.items() if not n.startswith("liger")}
     return {
@@ -124,55 +129,45 @@ def _attention(torch: Any, call: dict[str, Any]) -> dict[str, Callable]:
 
 
 def _norm(torch: Any, call: dict[str, Any]) -> dict[str, Callable]:
-    eps = call.get("eps", 1e-6)
-    is_rms = call.get("kind", "rms") == "rms"
+    found = {"torch-compile": functools.partial(_torch_norm, torch, call)}
+    if call["kind"] == "rms" or not call["residual"]:
+        found["liger"] = functools.partial(_liger_norm, torch, call)
+    return found
 
-    def leaves(x, scale, *others):
-        """Inputs start with x and scale, whatever comes after."""
-        return x.detach(), scale.detach().to(x.dtype)
 
-    def with_torch(*arguments):
-        x, scale = leaves(*arguments)
-        function = torch.nn.functional.rms_norm
-        function = function if is_rms else torch.nn.functional.layer_norm
+def _torch_norm(torch: Any, call: dict[str, Any], x, scale, *others):
+    """Inputs start with x and scale, whatever comes after."""
+    x, scale = x.detach(), scale.detach().to(x.dtype)
+    functions = torch.nn.functional
+    function = functions.rms_norm if call["kind"] == "rms" else functions.layer_norm
+    options = dict(normalized_shape=x.shape[-1:], weight=scale, eps=call["eps"])
 
-        @torch.compile
-        def add_and_norm(x, r):
-            x = x + r if call.get("residual") else x
-            return function(x, x.shape[-1:], scale, eps=eps)
+    @torch.compile
+    def forward():
+        if not call["residual"]:
+            return function(x, **options)
+        total = x + residual
+        return function(total, **options), total
 
-        residual = torch.randn_like(x)
-        return _directed(
-            torch, call["direction"], lambda: add_and_norm(x, residual), (x, scale)
-        )
+    residual = torch.randn_like(x)
+    return _directed(torch, call["direction"], forward, (x, scale))
 
-    def with_liger(*arguments):
-        x, scale = leaves(*arguments)
-        ops = importlib.import_module("liger_kernel.ops")
-        if call.get("residual"):
-            residual = torch.randn_like(x)
 
-            def forward():
-                f = ops.LigerFusedAddRMSNormFunction
-                return f.apply(x, residual, scale, eps, 0.0, "gemma", False)[0]
-        elif is_rms:
+def _liger_norm(torch: Any, call: dict[str, Any], x, scale, *others):
+    x, scale = x.detach(), scale.detach().to(x.dtype)
+    ops = importlib.import_module("liger_kernel.ops")
+    residual, bias = torch.randn_like(x), torch.zeros_like(scale)
 
-            def forward():
-                return ops.LigerRMSNormFunction.apply(
-                    x, scale, eps, 0.0, "gemma", False
-                )
-        else:
-            bias = torch.zeros_like(scale)
+    def forward():
+        # Float32 inside, as "gemma" casts; gradients into memory of their own.
+        settings = (call["eps"], 0.0, "gemma", False)
+        if call["residual"]:
+            return ops.LigerFusedAddRMSNormFunction.apply(x, residual, scale, *settings)
+        if call["kind"] == "rms":
+            return ops.LigerRMSNormFunction.apply(x, scale, *settings)
+        return ops.LigerLayerNormFunction.apply(x, scale, bias, call["eps"])
 
-            def forward():
-                return ops.LigerLayerNormFunction.apply(x, scale, bias, eps)
-
-        return _directed(torch, call["direction"], forward, (x, scale))
-
-    found = {"torch-compile": with_torch}
-    return (
-        found if call.get("residual") and not is_rms else found | {"liger": with_liger}
-    )
+    return _directed(torch, call["direction"], forward, (x, scale))
 
 
 def _cross_entropy(torch: Any, call: dict[str, Any]) -> dict[str, Callable]:
@@ -215,7 +210,7 @@ def _cross_entropy(torch: Any, call: dict[str, Any]) -> dict[str, Callable]:
 
 
 def _grouped_matmul(torch: Any, call: dict[str, Any]) -> dict[str, Callable]:
-    if call.get("direction") != "forward":
+    if call["kind_of_case"] != "product":
         return {}
 
     def prepare(x, w, group_sizes, *others):
@@ -236,11 +231,18 @@ def _directed(torch: Any, direction: str, forward: Callable, leaves: tuple):
         return run
     for leaf in leaves:
         leaf.requires_grad_()
-    out = forward()
-    cotangent = torch.randn_like(out)
+    outs = forward()
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    cotangents = [torch.randn_like(out) for out in outs]
+
+    def both():
+        outs = forward()
+        outs = outs if isinstance(outs, tuple) else (outs,)
+        return torch.autograd.grad(outs, leaves, cotangents)
+
     if direction == "both":
-        return lambda: torch.autograd.grad(forward(), leaves, cotangent)
-    return lambda: torch.autograd.grad(out, leaves, cotangent, retain_graph=True)
+        return both
+    return lambda: torch.autograd.grad(outs, leaves, cotangents, retain_graph=True)
 
 
 def _window(call: dict[str, Any]) -> tuple[int, int] | None:

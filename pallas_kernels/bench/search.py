@@ -63,7 +63,7 @@ def _check_and_time(case, inputs, options, programs, rows) -> None:
         if by_tile[tile]["said"] == "right":
             entrants[tile] = Entrant(run, jax.block_until_ready)
     until = time.perf_counter() + options.case_seconds
-    rounds = 2 if options.dry else options.rounds
+    rounds = 1 if options.dry else options.rounds
     least = 1e-4 if options.dry else 0.02
     timings = time_in_turns(entrants, rounds=rounds, until=until, measurement_s=least)
     for tile, timing in timings.items():

@@ -74,7 +74,7 @@ def measure(case: Case, options: Options) -> Record:
     """Returns what a case's implementations compute and how long they take."""
     failures: dict[str, str] = {}
     with mosaic.interpret() if options.dry else contextlib.nullcontext():
-        num_inputs, calls = _rotation(case)
+        num_inputs, calls = _rotation(case, most=2 if options.dry else MOST_INPUTS)
         compiled = {}
         if "mosaic" in case.functions:  # compiles on the CPU alone
             function = case.functions["mosaic"]
@@ -113,10 +113,10 @@ def device_lock(options: Options) -> Iterator[None]:
         yield
 
 
-def _rotation(case: Case) -> tuple[int, int]:
+def _rotation(case: Case, most: int) -> tuple[int, int]:
     """Returns how many inputs to make, and how many calls are one program."""
     size = sum(math.prod(x.shape) * x.dtype.itemsize for x in case.inputs)
-    num_inputs = min(max(math.ceil(ROTATED_BYTES / size), 1), MOST_INPUTS)
+    num_inputs = min(max(math.ceil(ROTATED_BYTES / size), 1), most)
     return num_inputs, num_inputs if case.least_seconds() < SHORT_S else 1
 
 
@@ -180,7 +180,7 @@ def _time(entrants, options, failures) -> dict[str, Timing]:
             return entrant
 
         _attempt(failures, able, name, warm)
-    rounds = 2 if options.dry else options.rounds
+    rounds = 1 if options.dry else options.rounds
     until = time.perf_counter() + options.case_seconds
     least = 1e-4 if options.dry else 0.02
     return time_in_turns(able, rounds=rounds, until=until, measurement_s=least)
