@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference attention against loops in float64, and what cuDNN is refused for."""
+"""The reference attention, which is the specification, against loops in float64."""
 
 import functools
 import itertools
@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels import choose_attention
+from pallas_kernels.attention.reference import masked_attention
 
 attention = jax.jit(
     pallas_kernels.attention,
-    static_argnames=("window", "softcap", "scale", "implementation"),
+    static_argnames=("causal", "window", "softcap", "scale", "implementation"),
 )
 
 B, T, N, K, H = 2, 12, 4, 2, 8
 EPS = float(np.finfo(np.float32).eps)
 # Logits of unit variance are sums of H products, outputs sums of T; each rounds once.
 TOLERANCE = 4 * EPS * math.sqrt(H * T)
-SEGMENTS = np.array([[1] * 5 + [2] * 4 + [3] + [0] * 2, [1] * 12], np.int32)
+SEGMENTS = np.array([[1] * 5 + [2] * 4 + [1] + [0] * 2, [1] * 12], np.int32)
 
 
 def draw(seed: int = 0, *, length: int = T, scale: float = 1.0):
@@ -32,33 +32,35 @@ def draw(seed: int = 0, *, length: int = T, scale: float = 1.0):
     return [jnp.asarray(scale * rng.normal(size=s), jnp.float32) for s in shapes]
 
 
-def loops(
-    q, k, v, *, segments=None, positions=None, window=0, softcap=None, scale=None
-):
+def loops(q, k, v, *, sinks=None, softcap=None, scale=None, **masks):
     """Attention as its definition says: one query, head and key at a time."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     out = np.zeros(q.shape)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     for b, t, n in itertools.product(*map(range, q.shape[:3])):
-        place = t if positions is None else int(positions[b, t])
         group = n // (q.shape[2] // k.shape[2])
         weights = {}
-        for s in range(k.shape[1]):
-            if s > place or (window and s <= place - window):
-                continue
-            if segments is not None and segments[b, t] != segments[b, s]:
-                continue
-            if segments is not None and segments[b, t] == 0:
-                continue
+        for s in filter(lambda s: in_sight(b, t, s, **masks), range(k.shape[1])):
             logit = scale * (q[b, t, n] @ k[b, s, group])
             weights[s] = (
                 logit if softcap is None else softcap * np.tanh(logit / softcap)
             )
         top = max(weights.values(), default=0.0)
         total = sum(np.exp(w - top) for w in weights.values())
+        total += 0.0 if sinks is None else np.exp(np.float64(sinks[n]) - top)
         for s, w in weights.items():
             out[b, t, n] += np.exp(w - top) / total * v[b, s, group]
     return out
+
+
+def in_sight(b, t, s, *, causal=True, segments=None, positions=None, window=0) -> bool:
+    place = t if positions is None else int(positions[b, t])
+    if (causal and s > place) or (window and abs(s - place) >= window):
+        return False
+    if segments is None:
+        return True
+    between = segments[b, min(s, t) : max(s, t) + 1]
+    return bool(segments[b, t] != 0 and np.all(between == segments[b, t]))
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -72,6 +74,39 @@ def test_the_reference_is_its_definition(packed, window, softcap):
     expected = loops(q, k, v, segments=SEGMENTS if packed else None, **options)
     assert out.dtype == jnp.float32
     np.testing.assert_allclose(out, expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize(("window", "num_keys"), [(0, T), (3, T), (0, 4)])
+def test_without_causal_a_query_sees_both_sides(window, num_keys):
+    q, k, v = draw()
+    options: dict[str, Any] = dict(causal=False, window=window)
+    out = attention(q, k[:, :num_keys], v[:, :num_keys], **options)
+    expected = loops(q, k[:, :num_keys], v[:, :num_keys], **options)
+    np.testing.assert_allclose(out, expected, atol=TOLERANCE, rtol=0)
+
+
+def test_a_sink_takes_its_share_of_every_query():
+    q, k, v = draw()
+    sinks = jnp.asarray([-np.inf, -1.0, 2.0, 100.0], jnp.float32)
+    out = attention(q, k, v, segments_BT=jnp.asarray(SEGMENTS), sinks_N=sinks)
+    expected = loops(q, k, v, segments=SEGMENTS, sinks=sinks)
+    np.testing.assert_allclose(out, expected, atol=TOLERANCE, rtol=0)
+    assert not np.any(out[:, :, 3])
+
+
+def test_the_log_sum_is_that_of_the_logits_in_sight():
+    q, k, v = draw()
+    mask_BTS = np.random.default_rng(3).random((B, T, T)) < 0.2
+    mask_BTS[0, 3] = False
+    _, lse_BNT = masked_attention(
+        *(q, k, v, jnp.asarray(mask_BTS), None), softcap=None, scale=1.0
+    )
+    k_BSNH = np.asarray(k).repeat(N // K, axis=2)
+    logits_BNTS = np.einsum("BTNH,BSNH->BNTS", q, k_BSNH)
+    with np.errstate(divide="ignore"):
+        expected = np.log((np.exp(logits_BNTS) * mask_BTS[:, None]).sum(-1))
+    np.testing.assert_allclose(lse_BNT, expected, rtol=2 * TOLERANCE)
+    assert np.all(np.isneginf(lse_BNT[0, :, 3]))
 
 
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
@@ -178,69 +213,3 @@ def test_remat_and_jit_change_no_bit():
     attend = functools.partial(attention, window=4)
     jitted = jax.jit(attend)(q, k, v)
     np.testing.assert_array_equal(jitted, jax.jit(jax.checkpoint(attend))(q, k, v))
-
-
-GOOD: dict[str, Any] = dict(platform="gpu", dtype="bfloat16", head_dim=64, packed=False)
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (dict(platform="cpu"), "platform cpu"),
-        (dict(dtype="float32"), "dtype float32"),
-        (dict(head_dim=60), "head width 60"),
-        (dict(head_dim=256), "head width 256"),
-        (dict(packed=True), "segments"),
-        (dict(cached=True), "query positions"),
-        (dict(softcap=50.0), "softcap 50.0"),
-    ],
-)
-def test_cudnn_is_refused_for_each_thing_it_would_get_wrong(change, reason):
-    asked = {**GOOD, **change}
-    with pytest.raises(NotImplementedError, match=reason) as error:
-        choose_attention("cudnn", **asked)
-    assert "implementation=xla" in str(error.value)
-    chosen, why = choose_attention("auto", **asked)
-    assert chosen == "xla"
-    assert reason in why
-    assert choose_attention("xla", **asked)[0] == "xla"
-
-
-def test_cudnn_refusals_are_all_named_at_once():
-    with pytest.raises(NotImplementedError) as error:
-        choose_attention(
-            "cudnn", platform="cpu", dtype="float32", head_dim=3, packed=True
-        )
-    for word in ("platform", "dtype", "head width", "segments"):
-        assert word in str(error.value)
-
-
-def test_auto_takes_cudnn_where_it_honours_everything():
-    assert choose_attention("auto", **GOOD)[0] == "cudnn"
-    assert choose_attention("cudnn", **GOOD) == ("cudnn", "asked for")
-
-
-def test_the_operation_itself_refuses_cudnn_on_a_cpu():
-    with pytest.raises(NotImplementedError, match="platform cpu"):
-        attention(*draw(), implementation="cudnn")
-
-
-@pytest.mark.parametrize(
-    ("shapes", "options"),
-    [
-        (((2, 8, 4, 8), (2, 8, 3, 8), (2, 8, 3, 8)), {}),  # N % K
-        (((2, 8, 4, 8), (2, 8, 2, 4), (2, 8, 2, 4)), {}),  # H
-        (((2, 8, 4, 8), (1, 8, 2, 8), (1, 8, 2, 8)), {}),  # B
-        (((2, 8, 4, 8), (2, 8, 2, 8), (2, 8, 4, 8)), {}),  # k and v
-        (((2, 8, 4, 8), (2, 9, 2, 8), (2, 9, 2, 8)), {}),  # S without positions
-        (((2, 8, 4, 8), (2, 9, 2, 8), (2, 9, 2, 8)), dict(segments_BT=(2, 8))),
-        (((2, 8, 4, 8), (2, 8, 2, 8), (2, 8, 2, 8)), dict(segments_BT=(2, 9))),
-        (((2, 8, 4, 8), (2, 8, 2, 8), (2, 8, 2, 8)), dict(segments_BT=(1, 8))),
-        (((2, 8, 4, 8), (2, 8, 2, 8), (2, 8, 2, 8)), dict(positions_BT=(2, 7))),
-    ],
-)
-def test_shapes_that_do_not_fit_are_refused(shapes, options):
-    q, k, v = (jnp.zeros(shape) for shape in shapes)
-    extra = {name: jnp.zeros(shape, jnp.int32) for name, shape in options.items()}
-    with pytest.raises(ValueError, match="attention got"):
-        attention(q, k, v, **extra)

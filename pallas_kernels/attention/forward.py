@@ -112,16 +112,14 @@ class _Memory:
 
 
 def _scratch(h: int, dtype: Any, tile: ForwardTile) -> dict[str, Any]:
-    def blocks(number, rows):
-        transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-        return plgpu.SMEM((number, rows, h), dtype, transforms=transforms)
-
+    # Mosaic infers from their use that TMA lays them out as wgmma reads them.
+    ring = plgpu.SMEM((tile.num_stages, tile.block_kv, h), dtype)
     loaded = plgpu.Barrier(num_barriers=tile.num_stages)
     consumed = plgpu.Barrier(num_arrivals=2, num_barriers=tile.num_stages)
     return dict(
-        q_smem=blocks(2, tile.block_q),  # and the output
-        k_smem=blocks(tile.num_stages, tile.block_kv),
-        v_smem=blocks(tile.num_stages, tile.block_kv),
+        q_smem=plgpu.SMEM((2, tile.block_q, h), dtype),  # then the output
+        k_smem=ring,
+        v_smem=ring,
         q_loaded=plgpu.Barrier(num_barriers=2),
         k_loaded=loaded,
         v_loaded=loaded,

@@ -1,13 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The attention operation: argument checks and the choice of an implementation."""
+"""The attention operation: what it promises, and which implementation runs."""
 
-from typing import Literal
+import dataclasses
+import functools
+from typing import Any
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.attention.reference import attention_reference
+from pallas_kernels.attention.arguments import check_arguments
+from pallas_kernels.attention.forward import forward
+from pallas_kernels.attention.ranges import key_ranges, visible_in_ranges
+from pallas_kernels.attention.reference import attention_reference, masked_attention
+from pallas_kernels.attention.tiles import ForwardTile, forward_tile
+from pallas_kernels.choice import Choice, Implementation, choose
+from pallas_kernels.target import Target, current_target
 
-Implementation = Literal["auto", "xla", "cudnn"]
+HEAD_DIMS = (64, 128, 256)  # of the mosaic kernels
 
 
 def attention(
@@ -15,124 +24,206 @@ def attention(
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
     *,
+    causal: bool = True,
     segments_BT: jax.Array | None = None,
     positions_BT: jax.Array | None = None,
     window: int = 0,
     softcap: float | None = None,
     scale: float | None = None,
+    sinks_N: jax.Array | None = None,
+    deterministic: bool = True,
     implementation: Implementation = "auto",
 ) -> jax.Array:
-    """Returns causal attention, softmax(softcap(scale * q k^T)) v.
+    """Returns attention, softmax(softcap(scale * q k^T)) v over the keys in sight.
+
+    A remat policy that saves the names "attention" and "attention_lse" lets the
+    backward pass run without a second forward kernel.
 
     Args:
-      q_BTNH: bfloat16, float16 or float32; N must be a multiple of K.
-      segments_BT: int32 document of each token; tokens see their own document only,
-        0 is padding, whose output is zero. Needs T == S. None: one document.
-      positions_BT: int32 place of each query among the keys; it sees keys up to there.
-        None: query t is key t, which needs T == S.
-      window: number of keys a query sees, itself included; 0 is all up to its own.
+      q_BTNH: bfloat16, float16 or float32, as k and v; N must be a multiple of K.
+      causal: a query sees no key after its own place.
+      segments_BT: int32 ids of the documents in a row; tokens see their own document
+        only. A document is a run of equal ids; 0 is padding, whose output is zero.
+        Needs T == S, and no positions_BT.
+      positions_BT: int32 place of each query among the keys, for decoding. None: query
+        t is key t, which needs T == S where causal or window ask for places.
+      window: keys further than window - 1 from a query are out of sight; 0 is off.
       softcap: c * tanh(logits / c); None is off.
       scale: multiplies the logits; None is H**-0.5.
+      sinks_N: logit, for each head, of one more key, which has no value.
+      deterministic: gradients are the same bits each time, which costs some speed.
       implementation: "auto" takes what `choose_attention` says for this device.
 
     Returns:
-      out_BTNH, dtype of q. Accumulation is float32.
+      out_BTNH, dtype of q; 0 where no key is in sight. Accumulation is float32.
 
     Raises:
-      ValueError: shapes that do not fit each other.
-      NotImplementedError: the implementation cannot do what was asked.
+      ValueError: arguments that are wrong, or do not fit each other.
+      NotImplementedError: the implementation named cannot do what was asked.
     """
-    _check_shapes(q_BTNH, k_BSKH, v_BSKH, segments_BT, positions_BT)
+    check_arguments(
+        (q_BTNH, k_BSKH, v_BSKH),
+        *(segments_BT, positions_BT, sinks_N),
+        *(causal, window, softcap, scale),
+    )
+    scale = float(q_BTNH.shape[-1] ** -0.5 if scale is None else scale)
+    target = current_target()
     chosen, _ = choose_attention(
         implementation,
-        platform=jax.default_backend(),
+        target=target,
         dtype=str(q_BTNH.dtype),
         head_dim=q_BTNH.shape[-1],
+        causal=causal,
         packed=segments_BT is not None,
         cached=positions_BT is not None,
+        window=window,
         softcap=softcap,
+        scale=scale,
+        sinks=sinks_N is not None,
+        deterministic=deterministic,
     )
-    logit_scale = q_BTNH.shape[-1] ** -0.5 if scale is None else scale
     if chosen == "cudnn":
         return jax.nn.dot_product_attention(
-            q_BTNH,
-            k_BSKH,
-            v_BSKH,
-            is_causal=True,
+            *(q_BTNH, k_BSKH, v_BSKH),
+            is_causal=causal,
             local_window_size=(window - 1, 0) if window else None,
-            scale=logit_scale,
+            scale=scale,
             implementation="cudnn",
         )
-    return attention_reference(
-        q_BTNH,
-        k_BSKH,
-        v_BSKH,
+    masks: dict[str, Any] = dict(
+        causal=causal,
         segments_BT=segments_BT,
         positions_BT=positions_BT,
         window=window,
-        softcap=softcap,
-        scale=logit_scale,
     )
+    if chosen == "xla":
+        return attention_reference(
+            *(q_BTNH, k_BSKH, v_BSKH),
+            **masks,
+            softcap=softcap,
+            scale=scale,
+            sinks_N=sinks_N,
+        )
+    kernels = _Kernels(
+        softcap=softcap,
+        scale=scale,
+        deterministic=deterministic,
+        forward=forward_tile(target, q_BTNH.shape[-1], causal=causal),
+    )
+    ranges = key_ranges(q_BTNH.shape, k_BSKH.shape[1], **masks)
+    return _attend(kernels, q_BTNH, k_BSKH, v_BSKH, *ranges, sinks_N)
 
 
 def choose_attention(
     implementation: Implementation,
     *,
-    platform: str,
+    target: Target | None = None,
+    platform: str | None = None,
     dtype: str,
     head_dim: int,
-    packed: bool,
+    causal: bool = True,
+    packed: bool = False,
     cached: bool = False,
+    window: int = 0,
     softcap: float | None = None,
-) -> tuple[str, str]:
+    scale: float = 1.0,
+    sinks: bool = False,
+    deterministic: bool = True,
+) -> Choice:
     """Returns the implementation to run and the reason, for a log.
 
+    Args:
+      implementation: what was asked for.
+      target: the device it will run on.
+      platform: of the device, where no more is known of it.
+      packed: whether there are segments_BT.
+      cached: whether there are positions_BT.
+      sinks: whether there are sinks_N.
+
     Raises:
-      NotImplementedError: if it was named and cannot honour all that was asked.
+      ValueError: there is no such implementation.
+      NotImplementedError: the one named cannot honour all that was asked.
     """
-    refusals = _cudnn_refusals(platform, dtype, head_dim, packed, cached, softcap)
-    if implementation == "cudnn" and refusals:
-        raise NotImplementedError(
-            f"attention implementation=cudnn cannot honour {', '.join(refusals)}; "
-            "use implementation=xla, which can."
-        )
-    if implementation == "auto":
-        if refusals:
-            return "xla", f"cudnn cannot honour {', '.join(refusals)}"
-        return "cudnn", "all that was asked can be honoured"
-    return implementation, "asked for"
-
-
-def _cudnn_refusals(platform, dtype, head_dim, packed, cached, softcap) -> list[str]:
-    """Lists what jax.nn's cuDNN path would refuse late, or get wrong without a word."""
-    found = {
-        f"platform {platform}": platform not in ("gpu", "cuda"),
-        f"dtype {dtype}": dtype not in ("bfloat16", "float16"),
-        f"head width {head_dim} (multiples of 8 up to 128)": (
-            head_dim % 8 != 0 or head_dim > 128
+    target = target or Target(str(platform), str(platform), 1)
+    on_gpu = target.platform in ("gpu", "cuda")
+    halves = ("bfloat16", "float16")
+    widest = 256 if target.is_hopper else 128
+    mosaic = {
+        f"device {target.kind} (an NVIDIA Hopper GPU)": not target.is_hopper,
+        f"dtype {dtype} ({' or '.join(halves)})": dtype not in halves,
+        f"head width {head_dim} {HEAD_DIMS}": head_dim not in HEAD_DIMS,
+        f"scale {scale} (positive)": scale <= 0,
+    }
+    # What jax.nn's cuDNN path would refuse late, or get wrong without a word.
+    cudnn = {
+        f"platform {target.platform}": not on_gpu or target.kind == "interpreted",
+        f"dtype {dtype}": dtype not in halves,
+        f"head width {head_dim} (multiples of 8 up to {widest})": (
+            head_dim % 8 != 0 or head_dim > widest
         ),
         "segments of packed documents": packed,
         "query positions": cached,
+        f"window {window} without causal": window > 0 and not causal,
         f"softcap {softcap}": softcap is not None,
+        "sinks": sinks,
+        "deterministic gradients": deterministic,
     }
-    return [name for name, refused in found.items() if refused]
+    refusals = {"mosaic": mosaic, "cudnn": cudnn}
+    return choose(
+        "attention",
+        implementation,
+        {
+            name: [what for what, refused in found.items() if refused]
+            for name, found in refusals.items()
+        },
+    )
 
 
-def _check_shapes(q_BTNH, k_BSKH, v_BSKH, segments_BT, positions_BT):
-    (b, t, n, h), (b_key, s, k, h_key) = q_BTNH.shape, k_BSKH.shape
-    if (b, h) != (b_key, h_key) or k_BSKH.shape != v_BSKH.shape or n % k:
-        raise ValueError(
-            f"attention got q {q_BTNH.shape}, k {k_BSKH.shape}, v {v_BSKH.shape}: k "
-            "and v must be alike, B and H must be q's, and N a multiple of K."
-        )
-    for name, x_BT in dict(segments_BT=segments_BT, positions_BT=positions_BT).items():
-        if x_BT is not None and x_BT.shape != (b, t):
-            raise ValueError(
-                f"attention got {name} {x_BT.shape} for q {q_BTNH.shape}: it must be "
-                f"{(b, t)}."
-            )
-    if t != s and (segments_BT is not None or positions_BT is None):
-        raise ValueError(
-            f"attention got {t} queries and {s} keys: this needs positions_BT, and no "
-            "segments_BT."
-        )
+@dataclasses.dataclass(frozen=True)
+class _Kernels:
+    """What the kernels of a call are made from."""
+
+    softcap: float | None
+    scale: float
+    deterministic: bool
+    forward: ForwardTile
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(kernels, q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, sinks_N):
+    inputs = (q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, sinks_N)
+    return _attend_forward(kernels, *inputs)[0]
+
+
+def _attend_forward(kernels, q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, sinks_N):
+    inputs = (q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, sinks_N)
+    out_BTNH, lse_BNT = forward(
+        *inputs,
+        softcap=kernels.softcap,
+        scale=kernels.scale,
+        tile=kernels.forward,
+    )
+    # Named here: a name given to the result outside would not cover what the backward
+    # pass keeps of it, and remat would run the kernel again.
+    out_BTNH = checkpoint_name(out_BTNH, "attention")
+    lse_BNT = checkpoint_name(lse_BNT, "attention_lse")
+    return out_BTNH, (inputs, out_BTNH, lse_BNT)
+
+
+def _attend_backward(kernels, residuals, dout_BTNH):
+    (q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, sinks_N), _, _ = residuals
+    mask_BTS = visible_in_ranges(start_BT, end_BT, k_BSKH.shape[1])
+
+    def attend(q_BTNH, k_BSKH, v_BSKH, sinks_N):
+        return masked_attention(
+            *(q_BTNH, k_BSKH, v_BSKH, mask_BTS, sinks_N),
+            softcap=kernels.softcap,
+            scale=kernels.scale,
+        )[0]
+
+    _, pull_back = jax.vjp(attend, q_BTNH, k_BSKH, v_BSKH, sinks_N)
+    dq_BTNH, dk_BSKH, dv_BSKH, dsinks_N = pull_back(dout_BTNH)
+    return dq_BTNH, dk_BSKH, dv_BSKH, None, None, dsinks_N
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
