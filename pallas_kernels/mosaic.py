@@ -7,6 +7,7 @@ jax 0.11 and 0.12. All else they take from `plgpu` itself.
 """
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -120,6 +121,15 @@ def _started(start: jax.Array | Zeros) -> jax.Array:
     return start
 
 
+def add_to_global(tile: Any, total: Any) -> None:
+    """Adds a float32 tile of shared memory into global memory, without waiting.
+
+    Blocks may add to one place, in any order: the last bits of the sum vary.
+    `plgpu.wait_smem_to_gmem` waits for it as for a plain copy.
+    """
+    plgpu.copy_smem_to_gmem(tile, total, reduction_op="add")
+
+
 def is_interpreted() -> bool:
     """Returns whether kernels traced now run in interpret mode; see `interpret`."""
     return _jax_config.pallas_tpu_interpret_mode_context_manager.value is not None
@@ -136,7 +146,11 @@ def interpret(detect_races: bool = True) -> Iterator[None]:
     """
     parameters = plgpu.InterpretGPUParams(detect_races=detect_races)
     try:
-        with plgpu.force_gpu_interpret_mode(parameters), _tolerant_barriers():
+        with (
+            plgpu.force_gpu_interpret_mode(parameters),
+            _tolerant_barriers(),
+            _adding_copies(),
+        ):
             yield
         races = _interpreter._races
         if races is not None and races.races_found:
@@ -172,13 +186,46 @@ def _tolerant_barriers() -> Iterator[None]:
         barrier.deallocate = strict
 
 
-def add_to_global(tile: Any, total: Any) -> None:
-    """Adds a float32 tile of shared memory into global memory, without waiting.
+@contextlib.contextmanager
+def _adding_copies() -> Iterator[None]:
+    """Teaches interpret mode `copy_smem_to_gmem(reduction_op="add")`.
 
-    Several blocks may add to one place, in any order: the sum's last bits vary.
-    `plgpu.wait_smem_to_gmem` waits for it as for a plain copy.
+    The copy reads shared memory as any does, checked for races; additions are atomic,
+    so they are not checked against each other.
     """
-    if is_interpreted():
-        total[...] = total[...] + tile[...]
-    else:
-        plgpu.copy_smem_to_gmem(tile, total, reduction_op="add")
+    plain, task = _interpreter.copy_smem_to_gmem, _interpreter.AsyncCopySmemToGmemTask
+    thread = threading.local()  # interpret mode runs a copy in the thread that asks
+
+    class Task(task):
+        def __call__(self, copier: int) -> None:
+            if not thread.adds:
+                super().__call__(copier)
+                return
+            memory = _interpreter._get_shared_memory()
+            target = self.dst_allocation_key, self.dst_access
+            self.pre_read(copier, memory)
+            tile, total = (
+                memory.get_buffer_content(
+                    *place, self.thread, logging_info=self.logging_info
+                )[0]
+                for place in ((self.src_allocation_key, self.src_access), target)
+            )
+            if self.clock is not None:
+                self.clock.inc(copier)
+                self.write_clock = self.clock.copy()
+            memory.store_buffer_content(
+                *target, total + tile, self.thread, logging_info=self.logging_info
+            )
+            self.post_write(copier, memory)
+
+    def copy(*, reduction_op: Any, **arguments: Any) -> Any:
+        thread.adds = reduction_op == "add"
+        return plain(reduction_op=None if thread.adds else reduction_op, **arguments)
+
+    _interpreter.copy_smem_to_gmem = copy
+    _interpreter.AsyncCopySmemToGmemTask = Task
+    try:
+        yield
+    finally:
+        _interpreter.copy_smem_to_gmem = plain
+        _interpreter.AsyncCopySmemToGmemTask = task
