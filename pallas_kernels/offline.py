@@ -164,7 +164,9 @@ def _resources(ptx: Path, folder: Path) -> Resources:
     cubin = ptx.with_suffix(".cubin")
     said = _run(folder, "ptxas", "-v", "-arch=sm_90a", str(ptx), "-o", str(cubin))
     sass = _run(folder, "nvdisasm", "-c", str(cubin))
-    asked = ptx.with_suffix(".resources.txt").read_text()
+    # The number in its name says when a file was written: it may differ from ptx's.
+    name = ptx.stem.rpartition("_")[0]
+    asked = sorted(ptx.parent.glob(f"{name}_*.resources.txt"))[0].read_text()
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", said)
     return Resources(
         kernel=ptx.stem,
