@@ -7,11 +7,13 @@
 
 from pallas_kernels.attention import attention, choose_attention
 from pallas_kernels.cross_entropy import linear_cross_entropy
+from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.norm import layer_norm, rms_norm
 
 __all__ = [
     "attention",
     "choose_attention",
+    "grouped_matmul",
     "layer_norm",
     "linear_cross_entropy",
     "rms_norm",

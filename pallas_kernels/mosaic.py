@@ -84,6 +84,47 @@ def accumulate(body: Callable[..., None], *starts: jax.Array | Zeros) -> Any:
     return ends if len(starts) > 1 else ends[0]
 
 
+def accumulate_loop(
+    rows: int,
+    columns: int,
+    num_steps: jax.Array | int,
+    body: Callable[[Any, jax.Array, Any], Any],
+    carry: Any,
+) -> tuple[jax.Array, Any]:
+    """Runs body for each step on one tensor-core accumulator that starts from zero.
+
+    A product may stay in flight from a step to the next: body waits with `wgmma_wait`.
+
+    Args:
+      rows: of the accumulator.
+      columns: of the accumulator.
+      num_steps: how often body runs, also 0.
+      body: takes the accumulator, for `wgmma`, the step and the carry; returns a carry.
+      carry: what the first step gets.
+
+    Returns:
+      What the accumulator holds, and the last carry.
+    """
+    if is_interpreted():
+
+        def add(step, state):
+            accumulator = _Accumulator(state[0])
+            carry = body(accumulator, step, state[1])
+            return accumulator.value, carry
+
+        start = jnp.zeros((rows, columns), jnp.float32)
+        return jax.lax.fori_loop(0, num_steps, add, (start, carry))
+
+    def run(accumulator):
+        def add(step, carry):
+            return body(accumulator, step, carry)
+
+        ended = jax.lax.fori_loop(0, num_steps, add, carry)
+        return accumulator[...], ended
+
+    return pl.run_scoped(run, plgpu.ACC((rows, columns), jnp.float32))
+
+
 def wgmma(accumulator: Any, a: Any, b: Any) -> None:
     """Adds a @ b to an accumulator of `accumulate`; does not wait for it.
 
