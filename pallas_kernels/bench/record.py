@@ -73,10 +73,11 @@ def _table(records: Sequence[Record]) -> list[str]:
     names = dict.fromkeys(name for r in records for name in r.get("timings", ()))
     others = [name for name in names if name != OURS]
     head = ["case", "us", "rate", "share", "spread", "error / xla's", "check"]
+    head += ["scratch, MB", "xla's"]
     head += [f"{name}, us" for name in others]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for record in records:
-        cells = [record["name"], *_our_cells(record)]
+        cells = [record["name"], *_our_cells(record), *_scratch_cells(record)]
         cells += [_cell_of(record, name) for name in others]
         lines.append(f"| {' | '.join(cells)} |")
     failed = [
@@ -111,6 +112,13 @@ def _our_cells(record: Record) -> list[str]:
         f"{100 * spread:.1f} %",
         ratio,
         check,
+    ]
+
+
+def _scratch_cells(record: Record) -> list[str]:
+    sizes = record.get("scratch_bytes", {})
+    return [
+        f"{sizes[name] / 1e6:.1f}" if name in sizes else "-" for name in (OURS, "xla")
     ]
 
 

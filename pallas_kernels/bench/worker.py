@@ -102,7 +102,8 @@ def measure(case: Case, options: Options) -> Record:
         tiles = []
         if options.tune and case.search is not None:
             tiles = search.time_tiles(case, inputs, options, device_lock)
-    return _record(case, options, found, timings, failures, tiles, calls)
+    record = _record(case, options, found, timings, failures, tiles, calls)
+    return {**record, "scratch_bytes": _scratch_bytes(compiled, calls)}
 
 
 @contextlib.contextmanager
@@ -231,6 +232,19 @@ def _record(case, options, found, timings, failures, tiles, calls) -> Record:
         "tiles": tiles,
         "search": case.search
         and {"kernel": case.search.kernel, "call": dict(case.search.call)},
+    }
+
+
+def _scratch_bytes(compiled: dict[str, Any], calls: int) -> dict[str, int]:
+    """Returns what each program needs besides its inputs and outputs, if it says so.
+
+    Of several calls in one program, which may share it: only one call's is told.
+    """
+    found = {name: program.memory_analysis() for name, program in compiled.items()}
+    return {
+        name: said.temp_size_in_bytes
+        for name, said in found.items()
+        if said is not None and calls == 1
     }
 
 

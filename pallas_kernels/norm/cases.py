@@ -47,9 +47,20 @@ SHAPES = (
 )
 
 
+TINY = (
+    Shape("rms-tiny", 16, 256),
+    Shape("layer-tiny", 16, 256, kind="layer", residual=False),
+)
+
+
 def cases() -> list[Case]:
     """Returns the forward and the backward pass of each shape."""
     return [make(shape) for shape in SHAPES for make in (_forward, _backward)]
+
+
+def tiny_cases() -> list[Case]:
+    """Returns the same at shapes that interpret mode finishes in seconds."""
+    return [make(shape) for shape in TINY for make in (_forward, _backward)]
 
 
 def _forward(shape: Shape) -> Case:
