@@ -51,28 +51,31 @@ class Compiled:
     kernels: tuple[Resources, ...]
 
 
-def described_mesh(
-    dims: Sequence[int] = (1,),
-    names: Sequence[str] = ("device",),
-    device: str = "nvidia_h200",
-    gpus_per_host: int = 8,
-) -> jax.sharding.Mesh:
-    """Returns a mesh of GPUs that are described, not there; needs the CUDA plugin.
-
-    Lower a jitted function under `jax.set_mesh` of it, on `jax.ShapeDtypeStruct`s with
-    shardings, and compile: the result has a memory analysis and its HLO text.
-    """
-    total = int(np.prod(dims))
-    hosts, rest = divmod(total, gpus_per_host)
-    shape = f"1x{hosts}x{gpus_per_host}" if hosts and not rest else f"1x1x{total}"
+def described_devices(
+    num_devices: int, device: str = "nvidia_h200", gpus_per_host: int = 8
+) -> Sequence[jax.Device]:
+    """Returns GPUs that are described, not there; needs the CUDA plugin."""
+    hosts, rest = divmod(num_devices, gpus_per_host)
+    shape = f"1x{hosts}x{gpus_per_host}" if hosts and not rest else f"1x1x{num_devices}"
     described = topologies.get_topology_desc(
         "described",
         platform="cuda",
         target_config=(DEVICES / f"{device}.txtpb").read_text(),
         topology=shape,
     )
+    return described.devices
+
+
+def described_mesh(
+    dims: Sequence[int] = (1,), names: Sequence[str] = ("device",)
+) -> jax.sharding.Mesh:
+    """Returns a mesh of `described_devices`, with Explicit axes.
+
+    Lower a jitted function under `jax.set_mesh` of it, on `jax.ShapeDtypeStruct`s with
+    shardings, and compile: the result has a memory analysis and its HLO text.
+    """
     return jax.sharding.Mesh(
-        np.array(described.devices).reshape(dims),
+        np.array(described_devices(int(np.prod(dims)))).reshape(dims),
         tuple(names),
         axis_types=(jax.sharding.AxisType.Explicit,) * len(names),
     )
@@ -128,25 +131,41 @@ def compile_in_subprocess(
       FileNotFoundError: there is no toolchain.
     """
     folder = _existing_toolchain()
+    index = [] if tile_index is None else [str(tile_index)]
+    module = ["-m", "pallas_kernels.offline"]
     with tempfile.TemporaryDirectory() as dump:
-        environment = {
-            **os.environ,
-            "JAX_PLATFORMS": "cpu",
-            "JAX_ENABLE_COMPILATION_CACHE": "false",
-            "PYTHONPATH": os.pathsep.join([str(folder), *sys.path]),
-            "MOSAIC_GPU_DUMP_TO": dump,
-            "MOSAIC_GPU_DUMP_PTX": "1",
-        }
-        index = [] if tile_index is None else [str(tile_index)]
-        module = ["-m", "pallas_kernels.offline"]
-        ended = subprocess.run(
-            [sys.executable, *module, "--child", operation, name, *index],
-            env=environment,
-            capture_output=True,
-            text=True,
+        ended = run_python(
+            [*module, "--child", operation, name, *index],
+            MOSAIC_GPU_DUMP_TO=dump,
+            MOSAIC_GPU_DUMP_PTX="1",
         )
         found = [_resources(path, folder) for path in sorted(Path(dump).glob("*.ptx"))]
     return Compiled(ended.returncode, ended.stdout + ended.stderr, tuple(found))
+
+
+def run_python(
+    arguments: Sequence[str], **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs Python so that it can compile for `described_devices`, and waits for it.
+
+    A process of its own: a kernel with a wrong instruction aborts all of it.
+
+    Args:
+      arguments: of Python, such as ["-m", "module"].
+      variables: of the environment.
+
+    Raises:
+      FileNotFoundError: there is no toolchain.
+    """
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+        "PYTHONPATH": os.pathsep.join([str(_existing_toolchain()), *sys.path]),
+        **variables,
+    }
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
 def _existing_toolchain() -> Path:
