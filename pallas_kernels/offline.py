@@ -53,7 +53,7 @@ class Compiled:
 
 def described_devices(
     num_devices: int, device: str = "nvidia_h200", gpus_per_host: int = 8
-) -> Sequence[jax.Device]:
+) -> Sequence[Any]:
     """Returns GPUs that are described, not there; needs the CUDA plugin."""
     hosts, rest = divmod(num_devices, gpus_per_host)
     shape = f"1x{hosts}x{gpus_per_host}" if hosts and not rest else f"1x1x{num_devices}"

@@ -83,13 +83,14 @@ def attention(
         deterministic=deterministic,
     )
     if chosen == "cudnn":
-        return jax.nn.dot_product_attention(
+        out_BTNH = jax.nn.dot_product_attention(
             *(q_BTNH, k_BSKH, v_BSKH),
             is_causal=causal,
             local_window_size=(window - 1, 0) if window else None,
             scale=scale,
             implementation="cudnn",
         )
+        return checkpoint_name(out_BTNH, "attention")
     masks: dict[str, Any] = dict(
         causal=causal,
         segments_BT=segments_BT,
@@ -97,13 +98,14 @@ def attention(
         window=window,
     )
     if chosen == "xla":
-        return attention_reference(
+        out_BTNH = attention_reference(
             *(q_BTNH, k_BSKH, v_BSKH),
             **masks,
             softcap=softcap,
             scale=scale,
             sinks_N=sinks_N,
         )
+        return checkpoint_name(out_BTNH, "attention")
     kernels = _Kernels(
         softcap=softcap,
         scale=scale,
