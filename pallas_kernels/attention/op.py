@@ -14,7 +14,7 @@ from pallas_kernels.attention.ranges import key_ranges, visible_in_ranges
 from pallas_kernels.attention.reference import attention_reference, masked_attention
 from pallas_kernels.attention.tiles import ForwardTile, forward_tile
 from pallas_kernels.choice import Choice, Implementation, choose
-from pallas_kernels.target import Target, current_target
+from pallas_kernels.target import INTERPRETED, Target, current_target
 
 HEAD_DIMS = (64, 128, 256)  # of the mosaic kernels
 
@@ -116,8 +116,21 @@ def attention(
     return _attend(kernels, q_BTNH, k_BSKH, v_BSKH, *ranges, sinks_N)
 
 
-def choose_attention(
-    implementation: Implementation,
+def choose_attention(implementation: Implementation, **facts: Any) -> Choice:
+    """Returns the implementation to run and the reason, for a log.
+
+    Args:
+      implementation: what was asked for.
+      facts: those of `attention_refusals`.
+
+    Raises:
+      ValueError: there is no such implementation.
+      NotImplementedError: the one named cannot honour all that was asked.
+    """
+    return choose("attention", implementation, attention_refusals(**facts))
+
+
+def attention_refusals(
     *,
     target: Target | None = None,
     platform: str | None = None,
@@ -131,20 +144,15 @@ def choose_attention(
     scale: float = 1.0,
     sinks: bool = False,
     deterministic: bool = True,
-) -> Choice:
-    """Returns the implementation to run and the reason, for a log.
+) -> dict[str, list[str]]:
+    """Returns what "mosaic" and "cudnn" cannot honour of a call.
 
     Args:
-      implementation: what was asked for.
       target: the device it will run on.
       platform: of the device, where no more is known of it.
       packed: whether there are segments_BT.
       cached: whether there are positions_BT.
       sinks: whether there are sinks_N.
-
-    Raises:
-      ValueError: there is no such implementation.
-      NotImplementedError: the one named cannot honour all that was asked.
     """
     target = target or Target(str(platform), str(platform), 1)
     on_gpu = target.platform in ("gpu", "cuda")
@@ -158,7 +166,7 @@ def choose_attention(
     }
     # What jax.nn's cuDNN path would refuse late, or get wrong without a word.
     cudnn = {
-        f"platform {target.platform}": not on_gpu or target.kind == "interpreted",
+        f"platform {target.platform}": not on_gpu or target == INTERPRETED,
         f"dtype {dtype}": dtype not in halves,
         f"head width {head_dim} (multiples of 8 up to {widest})": (
             head_dim % 8 != 0 or head_dim > widest
@@ -170,15 +178,10 @@ def choose_attention(
         "sinks": sinks,
         "deterministic gradients": deterministic,
     }
-    refusals = {"mosaic": mosaic, "cudnn": cudnn}
-    return choose(
-        "attention",
-        implementation,
-        {
-            name: [what for what, refused in found.items() if refused]
-            for name, found in refusals.items()
-        },
-    )
+    return {
+        name: [what for what, refused in found.items() if refused]
+        for name, found in (("mosaic", mosaic), ("cudnn", cudnn))
+    }
 
 
 @dataclasses.dataclass(frozen=True)
