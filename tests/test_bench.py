@@ -15,11 +15,12 @@ import pytest
 from pallas_kernels.bench import __main__ as command
 from pallas_kernels.bench import check, peers, prove, search
 from pallas_kernels.bench.ceilings import Ceilings, measure_ceilings
+from pallas_kernels.bench.measure import measure
 from pallas_kernels.bench.options import Options
 from pallas_kernels.bench.record import format_results, write_results
 from pallas_kernels.bench.supervisor import read_records, supervise
 from pallas_kernels.bench.timing import Entrant, time_in_turns
-from pallas_kernels.bench.worker import measure, one_of_each_kind
+from pallas_kernels.bench.worker import one_of_each_kind
 from pallas_kernels.case import Case, Search
 
 
@@ -89,6 +90,13 @@ def test_a_kernel_that_is_wrong_is_said_to_be(options, wrong):
     record = measure(make_case(functions={"mosaic": wrong, "xla": scale}), options)
     assert "error" in record["verdict"]["mosaic"]
     assert command._is_wrong(record)
+
+
+def test_our_own_kernel_is_noted_before_the_others_run(options):
+    noted = []
+    record = measure(make_case(), options, noted.append)
+    assert [set(early["timings"]) for early in noted] == [{"mosaic"}]
+    assert set(record["timings"]) == {"mosaic", "xla"}
 
 
 def test_an_implementation_that_raises_leaves_the_others_measured(options):
@@ -187,6 +195,8 @@ for name in ("crashes", "hangs", "ends"):
         if name == "crashes":
             os.kill(os.getpid(), 11)
         if name == "hangs":
+            print(json.dumps({"timings": {"mosaic": 1}, **began}), file=file)
+            file.flush()
             time.sleep(600)
         print(json.dumps({"event": "done", "operation": "x", "name": name}), file=file)
 """
@@ -198,7 +208,9 @@ def test_a_crash_and_a_hang_cost_their_case_only(options, tmp_path):
     found = {record["name"]: record for record in read_records(tmp_path)}
     assert list(found) == ["crashes", "hangs", "ends"]
     assert "exit status -11" in found["crashes"]["failures"]["mosaic"]
-    assert "killed" in found["hangs"]["failures"]["mosaic"]
+    # Our own kernel was measured before another implementation hung.
+    assert "killed" in found["hangs"]["failures"]["others"]
+    assert found["hangs"]["timings"] == {"mosaic": 1}
     assert "failures" not in found["ends"]
 
 
@@ -260,10 +272,12 @@ def test_libraries_that_are_not_there_are_absent_and_say_so(monkeypatch):
         raise ImportError(f"No module named {name}")
 
     monkeypatch.setattr(peers.importlib, "import_module", missing)
+    peers.versions.cache_clear()
     assert set(peers.versions()) == set(peers.LIBRARIES)
     assert all("absent" in version for version in peers.versions().values())
     assert peers.jax_peers(make_case(operation="attention")) == {}
     assert peers.torch_peers(make_case(operation="attention"), []) == {}
+    peers.versions.cache_clear()
 
 
 def test_a_dry_run_must_not_write_among_the_results(capsys):

@@ -21,6 +21,7 @@ LIBRARIES = ("torch", "tokamax", "liger_kernel")
 Inputs = Sequence[tuple[jax.Array, ...]]
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Returns the version of each library, or why it cannot be imported."""
     found = {}

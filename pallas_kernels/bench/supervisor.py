@@ -57,11 +57,13 @@ def supervise(
         running = _running(log)
         text = f"{reason}; its last words: {said.read_text()[-1500:]}"
         failed = {
+            "name": f"(start of worker {first})",
+            **(running or {}),  # with what our own kernel did, if it did
             "event": "done",
             "operation": operation,
-            "name": running["name"] if running else f"(start of worker {first})",
-            "failures": {"mosaic": text},
         }
+        guilty = "others" if failed.get("timings") else "mosaic"
+        failed["failures"] = {**failed.get("failures", {}), guilty: text}
         _append(log, failed)
         if running is None or time.time() > options.until:
             return
