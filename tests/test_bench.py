@@ -173,6 +173,17 @@ def test_results_keep_cases_that_this_run_did_not_measure(options, tmp_path):
     assert "forward-64" in text and "times mean nothing" in text
 
 
+def test_a_backward_pass_is_both_passes_less_the_forward_one():
+    def record(name: str, flops: float, us: float):
+        timings = {"mosaic": {"median_us": us, "low_us": us, "high_us": us}}
+        facts = {"operation": "scale", "name": name, "num_bytes": 1.0}
+        return {**facts, "flops": flops, "timings": timings}
+
+    cases = [record("forward-8k", 1e9, 10.0), record("forward-backward-8k", 3e9, 30.0)]
+    text = format_results({"device": "X", "dry": False, "cases": cases})
+    assert "- 8k: mosaic 20 us, 100 TFLOP/s" in text
+
+
 def test_a_case_without_times_is_in_the_table_with_its_reason():
     failed = {"operation": "scale", "name": "a", "failures": {"mosaic": "killed"}}
     text = format_results({"device": "X", "dry": False, "cases": [failed]})

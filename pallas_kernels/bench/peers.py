@@ -41,7 +41,7 @@ def jax_peers(case: Case) -> dict[str, Callable]:
     tokamax = importlib.import_module("tokamax")
     call = dict(case.call)
     plain = not any(call.get(name) for name in ("packed", "sinks"))
-    if case.operation == "attention" and plain and call.get("direction") == "forward":
+    if case.operation == "attention" and plain and call:
 
         def attend(q_BTNH, k_BSKH, v_BSKH, *_):
             return tokamax.dot_product_attention(
@@ -54,7 +54,11 @@ def jax_peers(case: Case) -> dict[str, Callable]:
                 implementation="mosaic",
             )
 
-        return {"tokamax": attend}
+        def attend_and_back(q_BTNH, k_BSKH, v_BSKH, dout_BTNH):
+            return jax.vjp(attend, q_BTNH, k_BSKH, v_BSKH)[1](dout_BTNH)
+
+        forward = call["direction"] == "forward"
+        return {"tokamax": attend if forward else attend_and_back}
     if case.operation == "grouped_matmul" and case.name.startswith("product"):
 
         def multiply(x, w, group_sizes, *_):

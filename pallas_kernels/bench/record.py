@@ -64,6 +64,7 @@ def format_results(document: Mapping[str, Any]) -> str:
     for operation in operations:
         rows = [r for r in document["cases"] if r["operation"] == operation]
         lines += ["", f"## {operation}", "", *_table(rows)]
+        lines += _backward_lines(rows)
         if tiles := [row for r in rows for row in _tile_rows(r)]:
             lines += ["", "| case | tile | us | |", "|---|---|---|---|", *tiles]
     return "\n".join(lines) + "\n"
@@ -86,6 +87,25 @@ def _table(records: Sequence[Record]) -> list[str]:
         for name, reason in r.get("failures", {}).items()
     ]
     return lines + ([""] if failed else []) + failed
+
+
+def _backward_lines(records: Sequence[Record]) -> list[str]:
+    """Returns what a backward pass takes, where only both passes were timed."""
+    by_name = {record["name"]: record for record in records if "flops" in record}
+    lines = []
+    for name, both in by_name.items():
+        head, found, rest = name.partition("forward-backward-")
+        forward = by_name.get(f"forward-{rest.removesuffix('-fused')}")
+        if head or not found or forward is None:
+            continue
+        cells = []
+        for who, timing in both["timings"].items():
+            if who in forward["timings"]:
+                us = timing["median_us"] - forward["timings"][who]["median_us"]
+                rate = (both["flops"] - forward["flops"]) / us / 1e6
+                cells.append(f"{who} {us:.0f} us, {rate:.0f} TFLOP/s")
+        lines.append(f"- {rest}: {'; '.join(cells)}")
+    return ["", "Backward alone, as both passes less forward:", *lines] * bool(lines)
 
 
 def _our_cells(record: Record) -> list[str]:

@@ -50,10 +50,11 @@ def find_cases(operation: str, dry: bool) -> list[Case]:
 
 
 def one_of_each_kind(cases: Sequence[Case]) -> list[Case]:
-    """Returns the cheapest case of each first word of a name."""
-    found: dict[str, Case] = {}
+    """Returns the cheapest case of each kind, by the words of a name that tell it."""
+    found: dict[tuple, Case] = {}
     for case in sorted(cases, key=lambda case: case.least_seconds()):
-        found.setdefault(case.name.partition("-")[0], case)
+        words = case.name.split("-")
+        found.setdefault((words[0], "backward" in words, "fused" in words), case)
     return list(found.values())
 
 
