@@ -16,7 +16,7 @@ class Terms(NamedTuple):
     dw: jax.Array | None  # float32, shape of w
 
 
-def linear_cross_entropy(
+def reference_cross_entropy(
     x_TD: jax.Array,
     w: jax.Array,
     targets_T: jax.Array,
@@ -61,9 +61,9 @@ def linear_cross_entropy(
         dw = sums.dw
         if with_gradients:
             dlogits_TV = dlogits_TV.astype(x_TD.dtype)
-            dx_TD = _matmul(f"TV,{letters}->TD", dlogits_TV, w)
-            dx_TD = _sum_over(dx_TD, vocab_axes).astype(x_TD.dtype)
-            dw = dw + _matmul(f"TD,TV->{letters}", x_TD, dlogits_TV)
+            dx_TD = matmul(f"TV,{letters}->TD", dlogits_TV, w)
+            dx_TD = sum_over(dx_TD, vocab_axes).astype(x_TD.dtype)
+            dw = dw + matmul(f"TD,TV->{letters}", x_TD, dlogits_TV)
         return Terms(sums.nll + nll, sums.objective + objective, None, dw), dx_TD
 
     zero = jnp.zeros((), jnp.float32)
@@ -77,21 +77,21 @@ def linear_cross_entropy(
 
 
 def _chunk_terms(x_TD, w, targets_T, letters, z_loss, softcap, vocab_axes):
-    logits_TV = _matmul(f"TD,{letters}->TV", x_TD, w)
+    logits_TV = matmul(f"TD,{letters}->TV", x_TD, w)
     slope_TV = 1.0
     if softcap is not None:
         squashed_TV = jnp.tanh(logits_TV / softcap)
         logits_TV, slope_TV = softcap * squashed_TV, 1 - squashed_TV**2
     top_T1 = logits_TV.max(-1, keepdims=True)
     top_T1 = jax.lax.pmax(top_T1, vocab_axes) if vocab_axes else top_T1
-    total_T1 = _sum_over(jnp.exp(logits_TV - top_T1).sum(-1, keepdims=True), vocab_axes)
+    total_T1 = sum_over(jnp.exp(logits_TV - top_T1).sum(-1, keepdims=True), vocab_axes)
     lse_T1 = top_T1 + jnp.log(total_T1)
 
     num_words = logits_TV.shape[-1]
     first = jax.lax.axis_index(vocab_axes) * num_words if vocab_axes else 0
     words_1V = first + jnp.arange(num_words, dtype=jnp.int32)[None]
     hit_TV = words_1V == targets_T[:, None]
-    target_T1 = _sum_over(
+    target_T1 = sum_over(
         jnp.where(hit_TV, logits_TV, 0.0).sum(-1, keepdims=True), vocab_axes
     )
     counts_T1 = (targets_T >= 0)[:, None]
@@ -102,9 +102,11 @@ def _chunk_terms(x_TD, w, targets_T, letters, z_loss, softcap, vocab_axes):
     return nll, nll + penalty, jnp.where(counts_T1, dlogits_TV * slope_TV, 0.0)
 
 
-def _matmul(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+def matmul(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Returns the einsum of a and b in float32."""
     return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
 
 
-def _sum_over(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+def sum_over(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Returns the sum over mesh axes, or x if there are none."""
     return jax.lax.psum(x, axes) if axes else x

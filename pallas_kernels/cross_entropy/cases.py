@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls of the loss at the shapes of language models, and of its kernels alone."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.case import Case, Search
+from pallas_kernels.cross_entropy import tiles
+from pallas_kernels.cross_entropy.kernel import exponentials, make_gradient
+from pallas_kernels.cross_entropy.op import linear_cross_entropy
+from pallas_kernels.cross_entropy.tiles import DEFAULTS, EXPONENTIALS, GRADIENT, Tile
+
+TILES = {
+    EXPONENTIALS: tuple(
+        Tile(vector=vector, loads=loads)
+        for vector, loads in ((4, 2), (4, 4), (4, 6), (4, 8), (8, 2), (8, 3), (8, 4))
+    ),
+    GRADIENT: tuple(Tile(vector=8, loads=loads) for loads in (1, 2, 4, 8)),
+}
+
+
+def cases() -> list[Case]:
+    """Returns losses with their gradients, and what is between the matmuls of these."""
+    return [
+        _loss("llama3-8k", 8192, 4096, 128256, "DV"),
+        _loss("llama3-8k-chunk4096", 8192, 4096, 128256, "DV", chunk_tokens=4096),
+        _loss("gpt2-16k", 16384, 2048, 50304, "VD"),
+        _loss("gemma2-8k", 8192, 2304, 256000, "VD", softcap=30.0, z_loss=1e-4),
+        _between(EXPONENTIALS, 512, 128256),
+        _between(EXPONENTIALS, 512, 128256, softcap=30.0),
+        _between(EXPONENTIALS, 2048, 16032),  # an eighth of Llama 3's
+        _between(GRADIENT, 512, 128256),
+        _between(GRADIENT, 2048, 16032),
+    ]
+
+
+def _loss(
+    name: str,
+    num_tokens: int,
+    d: int,
+    num_words: int,
+    letters: str,
+    *,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    chunk_tokens: int = 2048,
+) -> Case:
+    def run(implementation, x_TD, w, targets_T):
+        return linear_cross_entropy(
+            x_TD,
+            w,
+            targets_T,
+            letters=letters,
+            z_loss=z_loss,
+            softcap=softcap,
+            chunk_tokens=chunk_tokens,
+            with_gradients=True,
+            implementation=implementation,
+        )
+
+    def make(key):
+        keys = jax.random.split(key, 3)
+        x_TD = jax.random.normal(keys[0], (num_tokens, d), jnp.bfloat16)
+        w = jax.random.normal(keys[1], shape, jnp.bfloat16) * d**-0.5
+        targets_T = jax.random.randint(keys[2], (num_tokens,), -1, num_words, jnp.int32)
+        return x_TD, w, targets_T
+
+    shape = (d, num_words) if letters == "DV" else (num_words, d)
+    return Case(
+        operation="cross_entropy",
+        name=f"backward-{name}",
+        functions={name: functools.partial(run, name) for name in ("mosaic", "xla")},
+        inputs=tuple(jax.eval_shape(make, jax.random.key(0))),
+        flops=6.0 * num_tokens * d * num_words,
+        num_bytes=4.0 * num_tokens * d + (2.0 + 4.0) * d * num_words,
+        tile=tiles.fit(DEFAULTS[EXPONENTIALS], num_words),
+        make_inputs=make,
+        call=dict(direction="backward", softcap=softcap, z_loss=z_loss),
+    )
+
+
+def _between(
+    kernel: str, rows: int, num_words: int, *, softcap: float | None = None
+) -> Case:
+    """From logits to their logsumexp and gradient, with a search for one kernel."""
+    shipped = {name: tiles.fit(tile, num_words) for name, tile in DEFAULTS.items()}
+
+    def run_tile(tile: Tile) -> Callable:
+        chosen = shipped | {kernel: tile}
+
+        def run(logits_TV, targets_T):
+            e = jax.new_ref(jax.lax.empty(logits_TV.shape, jnp.bfloat16))
+            reference_T, total_T = exponentials(
+                logits_TV,
+                e,
+                jnp.zeros((1,), jnp.int32),
+                softcap=softcap,
+                tile=chosen[EXPONENTIALS],
+            )
+            lse_T = reference_T + jnp.log(total_T)
+            target_T = jnp.take_along_axis(logits_TV, targets_T[:, None], -1)[:, 0]
+            target_T, slope_T = _capped(target_T, softcap)
+            make_gradient(
+                e,
+                jnp.exp(reference_T - lse_T),
+                targets_T,
+                (jnp.exp(target_T - lse_T) - 1) * slope_T,
+                tile=chosen[GRADIENT],
+            )
+            return lse_T, e[...]
+
+        return run
+
+    def run_plain(logits_TV, targets_T):
+        logits_TV, slope_TV = _capped(logits_TV, softcap)
+        lse_T = jax.nn.logsumexp(logits_TV, axis=-1)
+        words_1V = jnp.arange(num_words, dtype=jnp.int32)[None]
+        hit_TV = (words_1V == targets_T[:, None]).astype(jnp.float32)
+        dlogits_TV = (jnp.exp(logits_TV - lse_T[:, None]) - hit_TV) * slope_TV
+        return lse_T, dlogits_TV.astype(jnp.bfloat16)
+
+    def make(key):
+        keys = jax.random.split(key)
+        logits_TV = 4 * jax.random.normal(keys[0], (rows, num_words), jnp.float32)
+        return logits_TV, jax.random.randint(keys[1], (rows,), 0, num_words, jnp.int32)
+
+    name = f"{kernel.removeprefix('cross_entropy_')}-{rows}x{num_words}"
+    return Case(
+        operation="cross_entropy",
+        name=name if softcap is None else f"{name}-softcap",
+        functions={"mosaic": run_tile(shipped[kernel]), "xla": run_plain},
+        inputs=tuple(jax.eval_shape(make, jax.random.key(0))),
+        flops=0.0,
+        num_bytes=(4.0 + 2.0) * rows * num_words,
+        tile=shipped[kernel],
+        make_inputs=make,
+        call=dict(direction="between"),
+        search=Search(
+            kernel=kernel,
+            call={},
+            tiles=tuple(dict.fromkeys(tiles.fit(t, num_words) for t in TILES[kernel])),
+            function=run_tile,
+        ),
+    )
+
+
+def _capped(logits: jax.Array, softcap: float | None) -> tuple[jax.Array, jax.Array]:
+    if softcap is None:
+        return logits, jnp.ones_like(logits)
+    squashed = jnp.tanh(logits / softcap)
+    return softcap * squashed, 1 - squashed**2
