@@ -79,16 +79,17 @@ def backward(
     dx, *totals = sweep(
         "norm_backward",
         tile,
-        [x.reshape(num_rows, tile.parts, -1) for x in inputs],
+        inputs,
         [rows.arrange(tile, weight_D)],
         num_outputs=1,
         num_totals=num_totals,
         prepare=prepare,
     )
-    sums = [rows.rearrange(tile, total.sum((0, 2)), width) for total in totals]
+    over = (0, 1) if tile.is_narrow else 0
+    sums = [rows.rearrange(tile, total.sum(over), width) for total in totals]
     if is_centered and num_totals == 1:
         sums.append(dy_RD.astype(jnp.float32).sum(0))
-    return [dx.reshape(x_RD.shape), *sums]
+    return [dx, *sums]
 
 
 def _row_numbers(tile, width, eps, is_centered, x, dy, weight, exchange):

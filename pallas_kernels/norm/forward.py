@@ -27,7 +27,7 @@ def forward(
       weight_D: float32.
       bias_D: float32, of a LayerNorm; None is an RMSNorm.
     """
-    num_rows, width = x_RD.shape
+    width = x_RD.shape[1]
     inputs = [x for x in (x_RD, residual_RD) if x is not None]
     vectors = [v for v in (weight_D, bias_D) if v is not None]
     dtype = x_RD.dtype
@@ -59,16 +59,15 @@ def forward(
 
         return step, ()
 
-    outputs = sweep(
+    return sweep(
         "norm_forward",
         tile,
-        [x.reshape(num_rows, tile.parts, -1) for x in inputs],
+        inputs,
         [rows.arrange(tile, vector) for vector in vectors],
         num_outputs=len(inputs),
         num_totals=0,
         prepare=prepare,
     )
-    return [out.reshape(x_RD.shape) for out in outputs]
 
 
 def statistics(tile, width, eps, is_centered, x, exchange):

@@ -170,8 +170,8 @@ def _mosaic_refusals(target: Target, x, has_residual: bool) -> list[str]:
         and not target.is_hopper,
         f"dtype {x.dtype} (bfloat16, float16 and float32)": str(x.dtype)
         not in ("bfloat16", "float16", "float32"),
-        f"width {width} (multiples of 8, or 128 to 6144, or even ones to 12288, or "
-        "multiples of 4 to 24576)": None in tiles,
+        f"width {width} (multiples of 8 to 128, all to 6144, multiples of 256 to 12288 "
+        "and of 512 to 24576": None in tiles,
         "empty arrays": math.prod(x.shape) == 0,
     }
     return [name for name, refused in found.items() if refused]

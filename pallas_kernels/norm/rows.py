@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arithmetic on the rows of a step, inside a kernel: pieces, sums, stores.
 
-A step's rows are handled in `num_pieces` pieces of float32. Narrow rows: a piece is
-[rows, piece], of which each thread has neighbouring columns. Wide rows: [piece], spread
-over the threads of the warpgroup. What is the same for a whole row (a mean) is [rows]
-or a scalar; `spread` makes it fit a piece.
+A step's rows are handled in `num_pieces` pieces of float32. One of narrow rows is
+[rows, piece], of a wide row [piece], of a shared one [quarters, piece]. What is one
+number of a row (a mean) is [rows] or a scalar; `spread` makes it fit a piece.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,30 +15,38 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.norm.tiles import Tile
+from pallas_kernels.norm.tiles import WARPGROUP, Tile
 
 Piece = Callable[[int], jax.Array]  # of a number, below num_pieces
 
 
+def shape(tile: Tile, width: int) -> tuple[int, ...]:
+    """Returns how a row, or a vector of its width, is laid out for the kernels."""
+    if tile.is_shared:
+        return tile.parts, tile.lines, width // tile.parts // tile.lines
+    return (1, width) if tile.is_narrow else (width,)
+
+
 def layout(tile: Tile) -> Any:
     """Returns which thread has which elements of a piece."""
-    if not tile.is_narrow:
+    if tile.lanes == WARPGROUP:
         return plgpu.Layout.WG_STRIDED((tile.piece,), vec_size=tile.vector)
-    rows = 32 // tile.lanes  # of a warp
+    lines = 32 // tile.lanes  # of a warp
     columns = tile.lanes * tile.vector
-    if rows == 1:
+    if lines == 1:
         tiling = plgpu.Tiling(((4, columns), (tile.vector,)))
         dims = dict(warp_dims=(-3,), lane_dims=(-2,))
     else:
-        tiling = plgpu.Tiling(((4 * rows, columns), (rows, tile.vector)))
+        tiling = plgpu.Tiling(((4 * lines, columns), (lines, tile.vector)))
         dims = dict(warp_dims=(-4,), lane_dims=(-2, -3))
     return plgpu.Layout.TILED(tiling, **dims, vector_dim=-1)
 
 
 def zeros(tile: Tile) -> jax.Array:
     """Returns a piece of zeros."""
-    shape = (tile.rows, tile.piece) if tile.is_narrow else (tile.piece,)
-    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout(tile))
+    wide = tile.lanes == WARPGROUP
+    dims = (tile.piece,) if wide else (tile.lines, tile.piece)
+    return plgpu.layout_cast(jnp.zeros(dims, jnp.float32), layout(tile))
 
 
 def load(tile: Tile, rows_ref: Any, k: int) -> jax.Array:
@@ -57,10 +64,14 @@ def view(tile: Tile, rows_ref: Any, k: int) -> Any:
     """Returns the ref of piece k.
 
     Args:
-      rows_ref: [rows, 1, width] of narrow rows, [width / parts] or more of a wide one.
+      rows_ref: [rows, 1, width] of narrow rows, [width] or more of a wide one,
+        [quarters, width / parts / quarters] of a shared one.
     """
+    place = pl.ds(k * tile.piece, tile.piece)
     if tile.is_narrow:
-        return rows_ref.at[:, 0, pl.ds(k * tile.piece, tile.piece)]
+        return rows_ref.at[:, 0, place]
+    if tile.is_shared:
+        return rows_ref.at[:, place]
     # In shared memory there is room behind a row; elsewhere the last piece overlaps
     # the one before instead, and both store the same there.
     start = min(k * tile.piece, rows_ref.shape[0] - tile.piece)
@@ -71,33 +82,36 @@ def load_vector(tile: Tile, vector_ref: Any, k: int) -> jax.Array:
     """Returns piece k of what is the same for all rows, such as the scale.
 
     Args:
-      vector_ref: [num_pieces * piece] float32, as `arrange` made it.
+      vector_ref: float32, as `arrange` made it; of a shared row, this part of it.
     """
-    ref = vector_ref.at[pl.ds(k * tile.piece, tile.piece)]
     if not tile.is_narrow:
+        ref = view(tile, vector_ref, k)
         return plgpu.load(ref, layout=layout(tile), optimized=False)
-    wide = lax.broadcast_in_dim(
-        plgpu.load(ref, optimized=False), (tile.rows, tile.piece), (1,)
-    )
-    return plgpu.layout_cast(wide, layout(tile))
+    ref = vector_ref.at[0, pl.ds(k * tile.piece, tile.piece)]
+    vector = plgpu.load(ref, optimized=False)
+    piece = lax.broadcast_in_dim(vector, (tile.rows, tile.piece), (1,))
+    return plgpu.layout_cast(piece, layout(tile))
 
 
 def arrange(tile: Tile, vector_D: jax.Array) -> jax.Array:
-    """Returns a vector as `load_vector` wants it, [parts, num_pieces * piece]."""
-    parts = vector_D.reshape(tile.parts, -1)
-    width, whole = parts.shape[1], (tile.num_pieces - 1) * tile.piece
+    """Returns a vector as `load_vector` wants it: in the shape of a row of pieces."""
+    width = vector_D.shape[0]
+    if tile.is_narrow or tile.is_shared:
+        return vector_D.reshape(shape(tile, width))
     if tile.staged:
-        return jnp.pad(parts, ((0, 0), (0, whole + tile.piece - width)))
-    return jnp.concatenate([parts[:, :whole], parts[:, width - tile.piece :]], axis=1)
+        return jnp.pad(vector_D, (0, tile.num_pieces * tile.piece - width))
+    whole = (tile.num_pieces - 1) * tile.piece
+    return jnp.concatenate([vector_D[:whole], vector_D[width - tile.piece :]])
 
 
 def rearrange(tile: Tile, arranged: jax.Array, width: int) -> jax.Array:
     """Returns the vector [width] of which `arranged` is `arrange(tile, vector)`."""
-    part, whole = width // tile.parts, (tile.num_pieces - 1) * tile.piece
+    arranged = arranged.reshape(-1)
     if tile.staged:
-        return arranged[:, :part].reshape(width)
-    last = arranged[:, arranged.shape[1] - (part - whole) :]
-    return jnp.concatenate([arranged[:, :whole], last], axis=1).reshape(width)
+        return arranged[:width]
+    whole = (tile.num_pieces - 1) * tile.piece
+    last = arranged[arranged.shape[0] - (width - whole) :]
+    return jnp.concatenate([arranged[:whole], last])
 
 
 def remember(tile: Tile, piece: Piece, fits: bool) -> Piece:
@@ -114,21 +128,21 @@ def row_sums(
     """Returns the sum over each row of each of the pieces.
 
     Args:
-      exchange: adds up scalars over the warpgroups of a row.
+      exchange: adds up what the warps of a shared row have.
     """
     totals = []
     for piece in pieces:
         total = _owned(tile, width, piece, 0)
         for k in range(1, tile.num_pieces):
             total = total + _owned(tile, width, piece, k)
-        totals.append(jnp.sum(total, axis=1 if tile.is_narrow else None))
+        totals.append(jnp.sum(total, axis=None if tile.lanes == WARPGROUP else 1))
     return exchange(*totals)
 
 
 def _owned(tile: Tile, width: int, piece: Piece, k: int) -> jax.Array:
     """Returns piece k with zeros where it sticks out of the row, or overlaps."""
-    surplus = tile.num_pieces * tile.piece - width // tile.parts
-    if k < tile.num_pieces - 1 or not surplus:
+    surplus = tile.num_pieces * tile.piece - width
+    if tile.is_shared or k < tile.num_pieces - 1 or not surplus:
         return piece(k)
     column = plgpu.broadcasted_iota(jnp.int32, (tile.piece,), 0, layout=layout(tile))
     own = column < tile.piece - surplus if tile.staged else column >= surplus
@@ -144,7 +158,7 @@ def spread(tile: Tile, of_rows: jax.Array) -> jax.Array:
 
 def keep_rows(tile: Tile, piece: jax.Array, first_row: Any, num_rows: int) -> jax.Array:
     """Returns a piece with zeros for rows that are not there, whatever it held."""
-    if num_rows % tile.rows == 0:
+    if num_rows % tile.rows == 0:  # as always if they are not narrow
         return piece
     row = plgpu.broadcasted_iota(
         jnp.int32, (tile.rows, tile.piece), 0, layout=layout(tile)

@@ -20,7 +20,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic
-from pallas_kernels.norm.tiles import Tile
+from pallas_kernels.norm import rows
+from pallas_kernels.norm.tiles import WARPGROUP, Tile
 from pallas_kernels.target import current_target
 
 MAX_SUMS = 4  # of a row, in one step
@@ -44,8 +45,8 @@ def sweep(
 
     Args:
       name: of the CUDA kernel.
-      inputs: [R, parts, width / parts] each.
-      vectors: [parts, columns] each, as `rows.arrange` makes them.
+      inputs: [R, width] each.
+      vectors: float32, as `rows.arrange` makes them.
       num_outputs: how many arrays like the inputs come out. Output i takes the place
         of input i in shared memory: a step reads all of input i first.
       num_totals: how many totals are carried from step to step.
@@ -53,43 +54,44 @@ def sweep(
         it is carried at first: the pieces of each total.
 
     Returns:
-      The outputs, then of each total [blocks, parts, rows, columns]: its pieces as they
-      were at the end of each block.
+      The outputs, then each total: of each block, and each row of a step if they are
+      narrow, what `rows.rearrange` makes a vector of.
     """
-    num_rows, parts, _ = inputs[0].shape
+    num_rows, width = inputs[0].shape
     num_steps = pl.cdiv(num_rows, tile.rows)
     blocks = min(num_steps, current_target().num_cores * tile.blocks_per_core)
+    inputs = [x.reshape(num_rows, *rows.shape(tile, width)) for x in inputs]
     like = jax.ShapeDtypeStruct(inputs[0].shape, inputs[0].dtype)
-    total = (blocks, parts, tile.rows, tile.num_pieces * tile.piece)
+    total = jax.ShapeDtypeStruct((blocks, *_step_shape(tile)), jnp.float32)
     sizes = (len(inputs), len(vectors), num_outputs, num_totals)
 
     def body(*refs):
         read, fixed, written, totals, scratch = _split(refs, sizes)
-        part = lax.axis_index("part") if parts > 1 else 0
+        part = lax.axis_index("part") if tile.is_shared else None
         first = lax.axis_index("block")
         count = (num_steps - 1 - first) // blocks + 1
         block = _Block(tile, part, first, blocks, count)
-        step, carry = prepare([ref.at[part] for ref in fixed])
+        step, carry = prepare([block.part_of(ref) for ref in fixed])
         loop = _staged if tile.staged else _direct
         carry = loop(block, read, written, scratch, step, carry)
         for ref, pieces in zip(totals, carry, strict=True):
             for k, piece in enumerate(pieces):
-                place = pl.ds(k * tile.piece, tile.piece)
-                ref[first, part, slice(None) if tile.is_narrow else 0, place] = piece
+                rows.store(tile, block.part_of(ref.at[first]), k, piece)
 
-    return mosaic.kernel(
+    outputs = mosaic.kernel(
         body,
         name=name,
-        # Threads read in shared memory what they wrote themselves, unless warpgroups
+        # Threads read in shared memory what they wrote themselves, unless warps
         # exchange sums there.
-        barriers=parts > 1,
-        out_type=[like] * num_outputs
-        + [jax.ShapeDtypeStruct(total, jnp.float32)] * num_totals,
+        barriers=tile.is_shared,
+        out_type=[like] * num_outputs + [total] * num_totals,
         scratch_types=_scratch(tile, inputs),
         grid=(blocks,),
         grid_names=("block",),
-        **(dict(num_threads=parts, thread_name="part") if parts > 1 else {}),
+        **(dict(num_threads=tile.parts, thread_name="part") if tile.is_shared else {}),
     )(*inputs, *vectors)
+    flat = [out.reshape(num_rows, width) for out in outputs[:num_outputs]]
+    return [*flat, *outputs[num_outputs:]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,17 +104,27 @@ class _Block:
     stride: int
     count: Any
 
+    def row(self, i: Any) -> Any:
+        """Returns the number of the first row of its i-th step."""
+        return (self.first + i * self.stride) * self.tile.rows
+
     def rows(self, ref: Any, i: Any) -> Any:
         """Returns the ref of the rows of its i-th step, in global memory."""
-        row = self.row(i)
-        return (
-            ref.at[pl.ds(row, self.tile.rows)]
-            if self.tile.is_narrow
-            else ref.at[row, self.part]
-        )
+        if self.tile.is_narrow:
+            return ref.at[pl.ds(self.row(i), self.tile.rows)]
+        return self.part_of(ref.at[self.row(i)])
 
-    def row(self, i: Any) -> Any:
-        return (self.first + i * self.stride) * self.tile.rows
+    def part_of(self, row_ref: Any) -> Any:
+        """Returns the ref of what this warpgroup has of a row."""
+        return row_ref.at[self.part] if self.tile.is_shared else row_ref
+
+
+def _step_shape(tile: Tile) -> tuple[int, ...]:
+    """Returns the shape of a step's rows, with room for pieces that stick out."""
+    row = rows.shape(tile, tile.num_pieces * tile.piece * tile.parts * tile.lines)
+    if tile.is_narrow:
+        return tile.rows, 1, tile.num_pieces * tile.piece
+    return row
 
 
 def _split(refs: Sequence[Any], sizes: Sequence[int]) -> list[Sequence[Any]]:
@@ -124,17 +136,15 @@ def _split(refs: Sequence[Any], sizes: Sequence[int]) -> list[Sequence[Any]]:
 def _scratch(tile: Tile, inputs: Sequence[jax.Array]) -> list[Any]:
     scratch = []
     if tile.staged:
-        columns = tile.num_pieces * tile.piece
-        shape = (tile.rows, 1, columns) if tile.is_narrow else (tile.parts, columns)
+        full = plgpu.Barrier(
+            num_arrivals=len(inputs), num_barriers=tile.slots * tile.parts
+        )
+        slots = (tile.slots, *_step_shape(tile))
+        scratch += [*(plgpu.SMEM(slots, x.dtype) for x in inputs), full]
+    if tile.is_shared:
+        sums = 2 * MAX_SUMS * tile.parts * tile.lines
         scratch += [
-            *(plgpu.SMEM((tile.slots, *shape), x.dtype) for x in inputs),
-            plgpu.Barrier(
-                num_arrivals=len(inputs), num_barriers=tile.slots * tile.parts
-            ),
-        ]
-    if tile.parts > 1:
-        scratch += [
-            plgpu.SMEM((2 * MAX_SUMS * tile.parts,), jnp.float32),
+            plgpu.SMEM((sums,), jnp.float32),
             plgpu.Barrier(num_arrivals=tile.parts),
         ]
     return scratch
@@ -142,23 +152,23 @@ def _scratch(tile: Tile, inputs: Sequence[jax.Array]) -> list[Any]:
 
 def _staged(block, read, written, scratch, step, carry):
     """Runs the steps of a block through shared memory."""
-    tile, part = block.tile, block.part
-    (buffers, (full,), meeting) = _split(scratch, (len(read), 1))
+    tile = block.tile
+    buffers, (full,), meeting = _split(scratch, (len(read), 1))
     width = read[0].shape[-1]
 
-    def place(buffer, slot):
-        return buffer.at[slot] if tile.is_narrow else buffer.at[slot, part]
+    def exact(row):
+        return row.at[pl.ds(0, width)] if tile.lanes == WARPGROUP else row
 
-    def exact(rows):
-        return rows if tile.is_narrow else rows.at[pl.ds(0, width)]
+    def filled(slot):
+        return full.at[slot * tile.parts + block.part if tile.is_shared else slot]
 
     def fill(i):
         slot = lax.rem(i, tile.slots)
         for ref, buffer in zip(read, buffers, strict=True):
             plgpu.copy_gmem_to_smem(
                 block.rows(ref, i),
-                exact(place(buffer, slot)),
-                full.at[slot * tile.parts + part],
+                exact(block.part_of(buffer.at[slot])),
+                filled(slot),
                 oob_mode=plgpu.OOBFillMode.UNDEFINED,  # rows behind the last one
             )
 
@@ -168,13 +178,13 @@ def _staged(block, read, written, scratch, step, carry):
 
     def turn(i, carry):
         slot = lax.rem(i, tile.slots)
-        plgpu.barrier_wait(full.at[slot * tile.parts + part])
-        rows = [place(buffer, slot) for buffer in buffers]
+        plgpu.barrier_wait(filled(slot))
+        ready = [block.part_of(buffer.at[slot]) for buffer in buffers]
         exchange = _exchange(block, meeting, i)
-        carry = step(rows, rows[: len(written)], block.row(i), carry, exchange)
+        carry = step(ready, ready[: len(written)], block.row(i), carry, exchange)
         plgpu.commit_smem()
-        for ref, ready in zip(written, rows, strict=False):
-            plgpu.copy_smem_to_gmem(exact(ready), block.rows(ref, i))
+        for ref, out in zip(written, ready, strict=False):
+            plgpu.copy_smem_to_gmem(exact(out), block.rows(ref, i))
 
         @pl.when(jnp.logical_and(i >= late, i - late + tile.slots < block.count))
         def _():
@@ -203,24 +213,28 @@ def _direct(block, read, written, scratch, step, carry):
 
 
 def _exchange(block, meeting, i):
-    """Returns what adds up sums over the warpgroups of a row, in step i."""
-    parts = block.tile.parts
-    if parts == 1:
+    """Returns what adds up sums over the warps of a shared row, in step i."""
+    tile = block.tile
+    if not tile.is_shared:
         return lambda *sums: sums
     sums_ref, met = meeting
     taken = itertools.count()
+    warps = tile.parts * tile.lines
     # A warpgroup may be one meeting ahead of another that still reads: steps use two
     # halves in turn, and each sum of a step has a place of its own.
     half = lax.rem(i, 2) * MAX_SUMS
 
     def exchange(*sums):
-        places = [(half + next(taken)) * parts for _ in sums]
-        for place, value in zip(places, sums, strict=True):
-            sums_ref[place + block.part] = value
+        # Mosaic would add over the warps of a warpgroup too, but in one place of shared
+        # memory for all warpgroups of a block.
+        places = [(half + next(taken)) * warps for _ in sums]
+        for place, of_warps in zip(places, sums, strict=True):
+            mine = pl.ds(place + block.part * tile.lines, tile.lines)
+            sums_ref[mine] = of_warps
         plgpu.barrier_arrive(met)
         plgpu.barrier_wait(met)
         return [
-            functools.reduce(jnp.add, [sums_ref[place + p] for p in range(parts)])
+            functools.reduce(jnp.add, [sums_ref[place + n] for n in range(warps)])
             for place in places
         ]
 

@@ -9,6 +9,7 @@ from pallas_kernels.tuning import find_tile
 
 WARPGROUP = 128  # threads
 SHARED_BYTES = 224 * 1024  # of a core, less what the system and barriers take
+QUARTERS = 4  # warps of a warpgroup
 COPY_BYTES = 16  # bulk copies move multiples of this, from and to multiples of it
 
 
@@ -16,17 +17,18 @@ COPY_BYTES = 16  # bulk copies move multiples of this, from and to multiples of 
 class Tile:
     """The cut of a norm over rows of one width.
 
-    Narrow rows lie several to a warpgroup, and no sum leaves its warp; a wide row lies
-    on one warpgroup or more. Either way a thread handles up to about 32 columns, so
-    that the gradient of the scale stays in its registers from row to row.
+    Rows are narrow: several to a warpgroup, and no sum leaves its warp. Or wide: one to
+    a warpgroup. Or shared by two or four warpgroups, in quarters: one quarter of the
+    part of a warpgroup to each of its warps. Either way a thread handles up to about 32
+    columns, so that the gradient of the scale stays in its registers from row to row.
     """
 
-    lanes: int  # threads that share a row: 8, 16, 32, or 128 of each of `parts`
+    lanes: int  # threads that share a row, a quarter of a part if it is shared
     vector: int  # neighbouring elements of a thread
-    parts: int  # warpgroups that share a row; each has width / parts columns of it
-    rows: int  # of a step; 1 if the rows are wide
-    piece: int  # columns of a part that are handled at once
-    num_pieces: int  # of a part; the last may stick out
+    parts: int  # warpgroups that share a row
+    rows: int  # of a step; 1 if the rows are not narrow
+    piece: int  # columns of a row, or quarter, that are handled at once
+    num_pieces: int  # of a row, or quarter; the last of a wide row may stick out
     staged: bool  # through shared memory; else straight from and to global memory
     slots: int  # steps in shared memory at once: being read, worked on or written
     blocks_per_core: int
@@ -34,7 +36,17 @@ class Tile:
     @property
     def is_narrow(self) -> bool:
         """Whether rows lie several to a warpgroup."""
-        return self.lanes < WARPGROUP
+        return self.parts == 1 and self.lanes < WARPGROUP
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether several warpgroups share a row."""
+        return self.parts > 1
+
+    @property
+    def lines(self) -> int:
+        """Rows, or quarters, that a warpgroup handles at once."""
+        return QUARTERS if self.is_shared else self.rows
 
     @property
     def columns(self) -> int:
@@ -59,7 +71,7 @@ def choose_tile(
     """
     # Totals of narrow rows are float32, and a thread stores 16 bytes of them at most.
     widest = 16 // itemsize if kernel == "norm_forward" else 4
-    tile = _narrow(width, itemsize, widest) or _wide(width, itemsize)
+    tile = _narrow(width, itemsize, widest) or _shared(width) or _wide(width, itemsize)
     if tile is None:
         return None
     # A thread of the backward kernel holds twice as much, so fewer fit on a core.
@@ -74,7 +86,7 @@ def with_slots(tile: Tile, bytes_per_column: int) -> Tile | None:
     """Returns the tile with as many slots as fit, up to those it asks for."""
     if not tile.staged:
         return tile
-    columns = tile.rows * tile.parts * tile.num_pieces * tile.piece
+    columns = tile.lines * tile.parts * tile.num_pieces * tile.piece
     for blocks in (tile.blocks_per_core, 1):
         fitting = SHARED_BYTES // blocks // (columns * bytes_per_column)
         if fitting:
@@ -106,44 +118,62 @@ def _narrow(width: int, itemsize: int, widest: int) -> Tile | None:
     return None
 
 
+def _shared(width: int) -> Tile | None:
+    """Cuts a row among two or four warpgroups, if it is too wide for one."""
+    for parts, most in ((2, 16), (4, 8)):  # elements of a piece that registers allow
+        quarter = width // parts // QUARTERS
+        vector = next((v for v in (4, 2, 1) if quarter % (32 * v) == 0), 1)
+        if (
+            width % (32 * parts * QUARTERS) == 0
+            and 16 * WARPGROUP * parts < width <= 48 * WARPGROUP * parts
+        ):
+            counts = range(vector, most + 1, vector)
+            count = max(n for n in counts if quarter % (32 * n) == 0)
+            return Tile(
+                lanes=32,
+                vector=vector,
+                parts=parts,
+                rows=1,
+                piece=32 * count,
+                num_pieces=quarter // 32 // count,
+                staged=True,
+                slots=6,
+                blocks_per_core=0,
+            )
+    return None
+
+
 def _wide(width: int, itemsize: int) -> Tile | None:
-    """Cuts a row among one, two or four warpgroups."""
-    able = [
-        parts
-        for most in (32, 48)
-        for parts in (1, 2, 4)
-        if width % parts == 0 and width // parts <= most * WARPGROUP
-    ]
-    if width < WARPGROUP or not able:
+    """Gives a row to a warpgroup."""
+    if not WARPGROUP <= width <= 48 * WARPGROUP:
         return None
-    parts = able[0]
-    part = width // parts
-    # Four warpgroups have 128 registers a thread: smaller pieces take fewer.
-    cuts = _pieces(part, itemsize, 16 if parts < 4 else 8)
-    vector, piece = min(cuts, key=lambda cut: _cost(part, *cut))
+    cuts = _pieces(width, itemsize)
+    vector, piece = min(cuts, key=lambda cut: _cost(width, *cut))
     return Tile(
         lanes=WARPGROUP,
         vector=vector,
-        parts=parts,
+        parts=1,
         rows=1,
         piece=piece,
-        num_pieces=math.ceil(part / piece),
-        staged=part * itemsize % COPY_BYTES == 0,
+        num_pieces=math.ceil(width / piece),
+        staged=width * itemsize % COPY_BYTES == 0,
         slots=6,
         blocks_per_core=0,
     )
 
 
-def _pieces(part: int, itemsize: int, most: int) -> list[tuple[int, int]]:
-    """Returns the vectors and pieces, of `most` elements a thread, that fit a part."""
+def _pieces(width: int, itemsize: int) -> list[tuple[int, int]]:
+    """Returns the vectors and pieces, of 16 elements a thread at most, that fit."""
     return [
         (vector, WARPGROUP * count)
         for vector in (8, 4, 2, 1)
-        for count in range(vector, most + 1, vector)
-        if vector * itemsize <= 16 and part % vector == 0 and WARPGROUP * count <= part
+        for count in range(vector, 17, vector)
+        if vector * itemsize <= 16
+        and width % vector == 0
+        and WARPGROUP * count <= width
     ]
 
 
-def _cost(part: int, vector: int, piece: int) -> tuple[float, int]:
+def _cost(width: int, vector: int, piece: int) -> tuple[float, int]:
     """Weighs columns that stick out against the number of pieces and of loads."""
-    return math.ceil(part / piece) * (piece + 64) * (1 + 0.1 / vector), -vector
+    return math.ceil(width / piece) * (piece + 64) * (1 + 0.1 / vector), -vector
