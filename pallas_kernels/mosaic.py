@@ -227,6 +227,11 @@ def _tolerant_barriers() -> Iterator[None]:
         barrier.deallocate = strict
 
 
+# Interpret mode runs a copy in the thread that asks for it. A compiled function may
+# bring what it was traced with into a later context.
+_COPYING = threading.local()
+
+
 @contextlib.contextmanager
 def _adding_copies() -> Iterator[None]:
     """Teaches interpret mode `copy_smem_to_gmem(reduction_op="add")`.
@@ -234,15 +239,15 @@ def _adding_copies() -> Iterator[None]:
     The copy reads shared memory as any does, checked for races; additions are atomic,
     so they are not checked against each other.
     """
-    plain, task = _interpreter.copy_smem_to_gmem, _interpreter.AsyncCopySmemToGmemTask
-    thread = threading.local()  # interpret mode runs a copy in the thread that asks
+    plain: Any = _interpreter.copy_smem_to_gmem
+    task = _interpreter.AsyncCopySmemToGmemTask
 
     class Task(task):
         def __call__(self, copier: int) -> None:
-            if not thread.adds:
+            if not _COPYING.adds:
                 super().__call__(copier)
                 return
-            memory = _interpreter._get_shared_memory()
+            memory: Any = _interpreter._get_shared_memory()
             target = self.dst_allocation_key, self.dst_access
             self.pre_read(copier, memory)
             tile, total = (
@@ -260,8 +265,8 @@ def _adding_copies() -> Iterator[None]:
             self.post_write(copier, memory)
 
     def copy(*, reduction_op: Any, **arguments: Any) -> Any:
-        thread.adds = reduction_op == "add"
-        return plain(reduction_op=None if thread.adds else reduction_op, **arguments)
+        _COPYING.adds = reduction_op == "add"
+        return plain(reduction_op=None if _COPYING.adds else reduction_op, **arguments)
 
     _interpreter.copy_smem_to_gmem = copy
     _interpreter.AsyncCopySmemToGmemTask = Task
