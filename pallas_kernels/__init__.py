@@ -9,12 +9,15 @@ from pallas_kernels.attention import attention, choose_attention
 from pallas_kernels.cross_entropy import linear_cross_entropy
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.norm import layer_norm, rms_norm
+from pallas_kernels.quantize import dequantize, quantize
 
 __all__ = [
     "attention",
     "choose_attention",
+    "dequantize",
     "grouped_matmul",
     "layer_norm",
     "linear_cross_entropy",
+    "quantize",
     "rms_norm",
 ]
