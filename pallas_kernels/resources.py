@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -64,7 +65,7 @@ def differences(
 ) -> list[str]:
     """Returns where kernels differ from what is on record, in words."""
     found = []
-    kernels = {kernel.kernel: kernel for kernel in compiled.kernels}
+    kernels = by_name(compiled.kernels)
     if set(kernels) != set(golden):
         return [f"kernels {sorted(kernels)} are on record as {sorted(golden)}"]
     for name, kernel in kernels.items():
@@ -75,6 +76,16 @@ def differences(
             now, before = getattr(kernel, field), golden[name][field]
             if abs(now - before) > slack:
                 found.append(f"{name} has {now} {field}, on record as {before}")
+    return found
+
+
+def by_name(kernels: Sequence[offline.Resources]) -> dict[str, offline.Resources]:
+    """Returns kernels by a name that does not tell in which order they compiled."""
+    found: dict[str, offline.Resources] = {}
+    for kernel in sorted(kernels, key=lambda k: (k.registers, k.shared_bytes)):
+        name = re.sub(r"_\d+$", "", kernel.kernel)
+        alike = sum(re.sub(r" \d+$", "", other) == name for other in found)
+        found[f"{name} {alike + 1}" if alike else name] = kernel
     return found
 
 
@@ -106,7 +117,7 @@ def compile_and_record(
             new: dict[str, Any] = {
                 "tile": str(case.tile),
                 "predicted_us": round(1e6 * case.least_seconds(), 2),
-                "kernels": {k.kernel: _facts(k) for k in result.kernels},
+                "kernels": {n: _facts(k) for n, k in by_name(result.kernels).items()},
             }
             if with_tiles and case.search is not None:
                 new["tiles"] = _judge_tiles(case, pool)
@@ -139,7 +150,8 @@ def _rewrite(case: Case, new: Mapping[str, Any]) -> None:
     """Changes one entry of the file, which may have changed since it was read."""
     document = json.loads(FILE.read_text()) if FILE.exists() else {}
     of_operation = document.setdefault(VERSION, {}).setdefault(case.operation, {})
-    kept = {"tiles": of_operation.get(case.name, {}).get("tiles", {})}
+    old = of_operation.get(case.name, {})
+    kept = {name: value for name, value in old.items() if name == "tiles"}
     of_operation[case.name] = {**kept, **new}
     part = FILE.with_suffix(".part")
     part.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")

@@ -22,7 +22,7 @@
 # pallas_kernels/devices; `compare` says what a real device description changes.
 #
 # Before, on a machine with a package index, for peers and for the quickstart:
-#   scripts/gpu_suite.sh wheels [FOLDER]   downloads them into .whl (13 MB), to be
+#   scripts/gpu_suite.sh wheels [FOLDER]   downloads them into .whl (11 MB), to be
 #                                          carried along; every part unpacks .whl
 set -euo pipefail
 cd "$(dirname "$0")/.."
