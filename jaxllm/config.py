@@ -74,9 +74,13 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KernelsConfig:
-    """Which implementation each kernel-backed operation uses."""
+    """Which implementation each operation uses; auto is the best that can do it."""
 
-    attention: Literal["auto", "xla", "cudnn"] = "auto"  # cudnn: GPU only
+    attention: Literal["auto", "mosaic", "cudnn", "xla"] = "auto"  # mosaic: Hopper GPUs
+    norm: Literal["auto", "mosaic", "xla"] = "auto"  # of every norm in the model
+    cross_entropy: Literal["auto", "mosaic", "xla"] = "auto"  # with output projection
+    deterministic: bool = True  # attention's gradients have the same bits every time
+    self_check: bool = True  # compare kernels with plain JAX before training
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -211,21 +215,4 @@ class Config:
                 f"config.data.batch_size={batch} must be a multiple of "
                 f"config.optimizer.microbatches={parts}; use "
                 f"{neighbours(batch, parts)}."
-            )
-        if self.kernels.attention == "cudnn":
-            self._check_cudnn()
-
-    def _check_cudnn(self):
-        refused = {
-            "config.model.attention_softcap": self.model.attention_softcap is not None,
-            "config.data.cross_document_attention=False": (
-                not self.data.cross_document_attention
-            ),
-            "config.model.dtype=float32": self.model.dtype == "float32",
-        }
-        if names := [name for name, is_set in refused.items() if is_set]:
-            raise InputError(
-                "config.kernels.attention=cudnn cannot honour "
-                f"{' and '.join(names)}, and would silently ignore it; use "
-                "config.kernels.attention=xla."
             )

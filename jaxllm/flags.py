@@ -24,6 +24,7 @@ from jaxllm.configfile import load_config, override
 from jaxllm.errors import FAILED, FINISHED, RESUMABLE, WRONG_INPUT
 from jaxllm.savedconfig import read_config
 from jaxllm.settings import setting_types, settings, unknown_setting
+from pallas_kernels.self_check import KernelMismatch
 from sharding import ShardingError
 
 FLAGS = flags.FLAGS
@@ -154,7 +155,7 @@ def explain(error: BaseException) -> tuple[int, str] | None:
         return WRONG_INPUT, _unknown_flag(error.flagname)
     if isinstance(error, flags.Error):
         return WRONG_INPUT, f"{error}; --help lists the flags."
-    if isinstance(error, CheckpointError | FloatingPointError):
+    if isinstance(error, CheckpointError | FloatingPointError | KernelMismatch):
         return FAILED, str(error)
     if not isinstance(error, OSError):
         return None

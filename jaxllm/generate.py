@@ -16,6 +16,7 @@ import sharding
 from jaxllm import flags
 from jaxllm.config import Config, InputError
 from jaxllm.data.tokenizers import Tokenizer
+from jaxllm.kernels import choose_kernels
 from jaxllm.models import Model
 from jaxllm.sampling import Sampling, sample_tokens
 from jaxllm.savedrun import Which, load_params, load_run_tokenizer, read_step
@@ -73,6 +74,7 @@ def load_for_generation(
             "this machine has."
         )
     mesh = sharding.make_mesh({"tensor": num_devices}, jax.devices()[:num_devices])
+    choose_kernels(config, mesh)  # refuses what these devices cannot do
     model = Model(config.model, config.kernels)
     plan = sharding.plan(model.abstract, model.letters, mesh)
     target = jax.tree.map(

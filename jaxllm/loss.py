@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import pallas_kernels
 import sharding
 from jaxllm.config import LossConfig
+from pallas_kernels.choice import Implementation
 
 BATCH_LETTERS = ("B", "T")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
 def next_token_loss(
     x_BTD: jax.Array,
     w: jax.Array,
@@ -21,6 +22,7 @@ def next_token_loss(
     letters: str,
     softcap: float | None,
     config: LossConfig,
+    implementation: Implementation = "auto",
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the objective and the negative log-likelihood, both float32 sums.
 
@@ -34,19 +36,21 @@ def next_token_loss(
       letters: of w, "DV" or "VD" if it is the embedding.
       softcap: c * tanh(logits / c); None is off.
       config: z_loss is in the objective only.
+      implementation: of `pallas_kernels.linear_cross_entropy`.
     """
-    return _run(x_BTD, w, targets_BT, letters, softcap, config, False)[:2]
+    options = (letters, softcap, config, implementation)
+    return _run(x_BTD, w, targets_BT, *options, with_gradients=False)[:2]
 
 
-def _forward(x_BTD, w, targets_BT, letters, softcap, config):
+def _forward(x_BTD, w, targets_BT, *options):
     objective, nll, dx_BTD, dw = _run(
-        x_BTD, w, targets_BT, letters, softcap, config, True
+        x_BTD, w, targets_BT, *options, with_gradients=True
     )
     return (objective, nll), (dx_BTD, dw)
 
 
-def _backward(letters, softcap, config, saved, cotangents):
-    del letters, softcap, config
+def _backward(letters, softcap, config, implementation, saved, cotangents):
+    del letters, softcap, config, implementation
     dx_BTD, dw = saved
     # nll only reports; its gradient is part of the objective's.
     d_objective, _ = cotangents
@@ -56,7 +60,9 @@ def _backward(letters, softcap, config, saved, cotangents):
 next_token_loss.defvjp(_forward, _backward)
 
 
-def _run(x_BTD, w, targets_BT, letters, softcap, config, with_gradients):
+def _run(
+    x_BTD, w, targets_BT, letters, softcap, config, implementation, *, with_gradients
+):
     def block(x_BTD, w, targets_BT):
         terms = pallas_kernels.linear_cross_entropy(
             x_BTD.reshape(-1, x_BTD.shape[-1]),
@@ -68,6 +74,7 @@ def _run(x_BTD, w, targets_BT, letters, softcap, config, with_gradients):
             chunk_tokens=config.chunk_tokens,
             vocab_axes=sharding.axes_of("V"),
             with_gradients=with_gradients,
+            implementation=implementation,
         )
         axes = tuple(a for letter in BATCH_LETTERS for a in sharding.axes_of(letter))
         sums = jnp.stack([terms.objective, terms.nll])

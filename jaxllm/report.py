@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run will cost, said before it starts: `--dry_run` and the first log lines."""
 
+import dataclasses
 import math
 from typing import Any
 
 import jax
 
 from jaxllm import budget
-from jaxllm.config import InputError
+from jaxllm.kernels import choose_kernels
 from jaxllm.step import Setup
-from pallas_kernels import choose_attention
 
 
 def full_report(setup: Setup) -> str:
@@ -45,20 +45,11 @@ def choices(setup: Setup) -> str:
     Raises:
       InputError: the one that was named cannot do what was asked of it.
     """
-    config = setup.config
-    asked = config.kernels.attention
-    try:
-        chosen, reason = choose_attention(
-            asked,
-            platform=setup.mesh.devices.flat[0].platform,
-            dtype=config.model.dtype,
-            head_dim=config.model.head_dim,
-            packed=not config.data.cross_document_attention,
-            softcap=config.model.attention_softcap,
-        )
-    except NotImplementedError as error:
-        raise InputError(f"config.kernels.attention={asked}: {error}") from error
-    return f"attention: {chosen} ({asked}: {reason})"
+    asked = dataclasses.asdict(setup.config.kernels)
+    return "\n".join(
+        f"{name}: {choice.implementation} ({asked[name.split()[0]]}: {choice.reason})"
+        for name, choice in choose_kernels(setup.config, setup.mesh).items()
+    )
 
 
 def _device_bytes(tree: Any) -> int:

@@ -24,6 +24,7 @@ from jaxllm.data.splits import (
     open_splits,
 )
 from jaxllm.evaluate import evaluate, held_out
+from jaxllm.kernels import check_kernels
 from jaxllm.metrics import (
     LateMetrics,
     MetricsWriter,
@@ -204,6 +205,7 @@ def open_run(config: Config, workdir: Path, *, overwrite: bool) -> Iterator[Run 
 
     Raises:
       InputError, sharding.ShardingError: before anything is compiled or written.
+      KernelMismatch: a kernel gives wrong numbers on this machine.
     """
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
     setup = prepare(config, mesh)
@@ -224,6 +226,8 @@ def open_run(config: Config, workdir: Path, *, overwrite: bool) -> Iterator[Run 
             yield None
             return
         _log.info("%s", report)
+        if config.kernels.self_check:
+            check_kernels(config, mesh)
         state = _restore_or_init(setup, checkpoints, first_step, data)
         write_config(workdir, config)
         save_tokenizer(config.data.paths, workdir)

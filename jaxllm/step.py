@@ -172,6 +172,7 @@ def _loss_sums(setup: Setup, params: Any, batch: Batch):
             letters,
             setup.config.model.logit_softcap,
             setup.config.loss,
+            setup.config.kernels.cross_entropy,
         )
 
 

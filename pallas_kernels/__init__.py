@@ -6,14 +6,16 @@
 """
 
 from pallas_kernels.attention import attention, choose_attention
-from pallas_kernels.cross_entropy import linear_cross_entropy
+from pallas_kernels.cross_entropy import choose_cross_entropy, linear_cross_entropy
 from pallas_kernels.grouped_matmul import grouped_matmul
-from pallas_kernels.norm import layer_norm, rms_norm
+from pallas_kernels.norm import choose_norm, layer_norm, rms_norm
 from pallas_kernels.quantize import dequantize, quantize
 
 __all__ = [
     "attention",
     "choose_attention",
+    "choose_cross_entropy",
+    "choose_norm",
     "dequantize",
     "grouped_matmul",
     "layer_norm",

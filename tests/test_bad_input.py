@@ -203,13 +203,20 @@ CASES = {
     ),
     # Kernels and loggers
     "cudnn without a GPU": Case(
-        f"{NEW} --config.kernels.attention=cudnn --config.model.dtype=bfloat16 "
-        "--config.data.cross_document_attention=true",
-        ("config.kernels.attention=cudnn", "cpu", "xla"),
-    ),
-    "cudnn with documents": Case(
         f"{NEW} --config.kernels.attention=cudnn --config.model.dtype=bfloat16",
-        ("config.kernels.attention=cudnn", "cross_document_attention=False", "xla"),
+        ("config.kernels.attention=cudnn", "cpu", "segments", "use xla"),
+    ),
+    "mosaic without a GPU": Case(
+        f"{NEW} --config.kernels.norm=mosaic",
+        ("config.kernels.norm=mosaic", "cpu", "use xla"),
+    ),
+    "the loss of float32": Case(
+        f"{NEW} --config.kernels.cross_entropy=mosaic",
+        ("config.kernels.cross_entropy=mosaic", "cpu", "float32", "use xla"),
+    ),
+    "cudnn has no norm": Case(
+        f"{NEW} --config.kernels.norm=cudnn",
+        ("config.kernels.norm='cudnn'", "auto, mosaic, xla"),
     ),
     "wandb is not installed": Case(
         f"{NEW} --config.logging.wandb_project=mine",

@@ -11,7 +11,6 @@ from jaxllm.config import (
     DataConfig,
     EvalConfig,
     InputError,
-    KernelsConfig,
     MeshConfig,
     OptimizerConfig,
 )
@@ -89,26 +88,6 @@ def test_negative_windows_are_refused():
 def test_two_free_mesh_axes_are_refused():
     with pytest.raises(InputError, match="one axis only"):
         MeshConfig(data=-1, fsdp=-1)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"model.attention_softcap": 30.0, "data.cross_document_attention": True},
-        {"data.cross_document_attention": False},
-        {"model.dtype": "float32", "data.cross_document_attention": True},
-    ],
-)
-def test_cudnn_attention_is_refused_what_it_would_ignore(changes):
-    with pytest.raises(InputError, match=r"config\.kernels\.attention=xla"):
-        override(CONFIG, {"kernels.attention": "cudnn", **changes})
-
-
-def test_cudnn_attention_is_accepted_for_what_it_can_do():
-    config = override(
-        CONFIG, {"kernels.attention": "cudnn", "data.cross_document_attention": True}
-    )
-    assert config.kernels == KernelsConfig(attention="cudnn")
 
 
 def test_zero_evaluations_are_accepted():

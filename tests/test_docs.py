@@ -39,6 +39,8 @@ ELSEWHERE = {  # beginning of a command: why it does not run here
     "make test": "is what runs this",
     "make format": "would change the files under test",
     "make notebook": "tests/test_notebook.py compares what it makes",
+    "make .venv/cuda": "installs; part of make test",
+    ".venv/bin/python scripts/compile_step.py": "tests/test_step_offline.py runs it",
     "python scripts/settings_table.py": "tests/test_flags.py compares what it makes",
     "python3.12 -m venv": "part of make test",
     ". .venv/bin/activate": "part of make test",

@@ -25,6 +25,7 @@ LAYERS = (
     ("jaxllm.savedconfig",),
     ("jaxllm.models", "jaxllm.data", "jaxllm.budget", "jaxllm.metrics"),
     ("jaxllm.muon", "jaxllm.optimizer", "jaxllm.loss", "jaxllm.workdir"),
+    ("jaxllm.kernels",),
     ("jaxllm.savedsteps", "jaxllm.step", "jaxllm.checkpoint"),
     ("jaxllm.savedrun", "jaxllm.sampling", "jaxllm.report"),
     ("jaxllm.flags",),

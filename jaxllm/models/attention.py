@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Grouped-query attention with rotary positions and an optional KV cache."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -45,8 +43,8 @@ class Attention(nnx.Module):
         if config.bias == "all":
             self.out_bias = vector(0.0, (d,), "D")
         if config.qk_norm:
-            self.query_norm = HeadNorm(config)
-            self.key_norm = HeadNorm(config)
+            self.query_norm = HeadNorm(config, kernels)
+            self.key_norm = HeadNorm(config, kernels)
 
     def __call__(
         self,
@@ -65,7 +63,6 @@ class Attention(nnx.Module):
                 "value": _write(cache["value"], v_BTKH, positions_BT),
             }
             out_BTNH = self._attend_cached(q_BTNH, cache, positions_BT)
-        out_BTNH = checkpoint_name(out_BTNH, "attention")
         out_BTD = self._project("BTNH,NHD->BTD", out_BTNH, self.out[...])
         if self.config.bias == "all":
             out_BTD = add_bias(out_BTD, self.out_bias[...], "D")
@@ -93,38 +90,32 @@ class Attention(nnx.Module):
         )
 
     def _attend(self, q_BTNH, k_BSKH, v_BSKH, segments_BT):
-        attend = functools.partial(
-            pallas_kernels.attention,
-            window=self.window,
-            softcap=self.config.attention_softcap,
-            implementation=self.kernels.attention,
-        )
-        if segments_BT is None:
-            return sharding.local(attend, ("BTNH", "BSKH", "BSKH"), "BTNH")(
-                q_BTNH, k_BSKH, v_BSKH
-            )
-        return sharding.local(
-            lambda q, k, v, segments: attend(q, k, v, segments_BT=segments),
-            ("BTNH", "BSKH", "BSKH", "BT"),
-            "BTNH",
-        )(q_BTNH, k_BSKH, v_BSKH, segments_BT)
+        masks = {} if segments_BT is None else {"segments_BT": segments_BT}
+        return self._run(self.kernels.attention, q_BTNH, k_BSKH, v_BSKH, **masks)
 
     def _attend_cached(self, q_BTNH, cache, positions_BT):
-        # Decoding has few queries and no packed documents; plain JAX is the only
-        # implementation that takes query positions, whatever training uses.
-        return sharding.local(
-            lambda q, k, v, positions: pallas_kernels.attention(
-                q,
-                k,
-                v,
-                positions_BT=positions,
+        # cuDNN takes no query positions, whatever it does in training.
+        named = self.kernels.attention
+        implementation = "xla" if named == "cudnn" else named
+        return self._run(
+            *(implementation, q_BTNH, cache["key"], cache["value"]),
+            positions_BT=positions_BT,
+        )
+
+    def _run(self, implementation, q_BTNH, k_BSKH, v_BSKH, **masks_BT):
+        def attend(q_BTNH, k_BSKH, v_BSKH, *masks):
+            return pallas_kernels.attention(
+                *(q_BTNH, k_BSKH, v_BSKH),
+                **dict(zip(masks_BT, masks, strict=True)),
                 window=self.window,
                 softcap=self.config.attention_softcap,
-                implementation="xla",
-            ),
-            ("BTNH", "BSKH", "BSKH", "BT"),
-            "BTNH",
-        )(q_BTNH, cache["key"], cache["value"], positions_BT)
+                deterministic=self.kernels.deterministic,
+                implementation=implementation,
+            )
+
+        ins = ("BTNH", "BSKH", "BSKH", *("BT" for _ in masks_BT))
+        run = sharding.local(attend, ins, "BTNH")
+        return run(q_BTNH, k_BSKH, v_BSKH, *masks_BT.values())
 
 
 def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:

@@ -21,9 +21,9 @@ Caches = dict[str, Cache]  # by block of a period; stacked over periods by a sca
 # What each policy keeps of a block's forward pass; the rest is computed again.
 SAVED_NAMES = {
     "full": (),
-    "save_attention": ("attention",),
+    "save_attention": ("attention", "attention_lse"),
     "dots": (
-        *("query", "key", "value", "attention", "attention_out"),
+        *("query", "key", "value", "attention", "attention_lse", "attention_out"),
         *("up", "gate", "mlp_out"),
     ),
 }
@@ -36,9 +36,9 @@ class Block(nnx.Module):
         self, config: ModelConfig, kernels: KernelsConfig, window: int, key: jax.Array
     ):
         attention_key, mlp_key = jax.random.split(key)
-        self.attention_norm = Norm(config, config.d_model, "D")
+        self.attention_norm = Norm(config, kernels)
         self.attention = Attention(config, kernels, window, attention_key)
-        self.mlp_norm = Norm(config, config.d_model, "D")
+        self.mlp_norm = Norm(config, kernels)
         self.mlp = MLP(config, mlp_key)
 
     def __call__(
@@ -52,9 +52,9 @@ class Block(nnx.Module):
             y_BTD, cache = self.attention(
                 self.attention_norm(x_BTD), positions_BT, segments_BT, cache
             )
-        x_BTD = x_BTD + y_BTD
         with jax.named_scope("mlp"):
-            x_BTD = x_BTD + self.mlp(self.mlp_norm(x_BTD))
+            y_BTD, x_BTD = self.mlp_norm.add(x_BTD, y_BTD)
+            x_BTD = x_BTD + self.mlp(y_BTD)
         return checkpoint_name(x_BTD, "block"), cache
 
 
@@ -97,7 +97,7 @@ class Transformer(nnx.Module):
             self.blocks = stack(make, keys.reshape(repeats, -1))
         else:
             self.blocks = Period(config, kernels, config.windows * repeats, keys)
-        self.final_norm = Norm(config, d, "D")
+        self.final_norm = Norm(config, kernels)
         if not config.tie_embeddings:
             self.output = matrix(output_key, (d, v), "DV", 0.02)
 

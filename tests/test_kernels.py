@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which implementation each operation of a run takes, and why."""
+
+import jax
+import pytest
+
+import sharding
+from jaxllm.config import Config, DataConfig, InputError, ModelConfig, OptimizerConfig
+from jaxllm.configfile import override
+from jaxllm.kernels import choose_kernels
+from jaxllm.report import choices
+from jaxllm.step import prepare
+from pallas_kernels import mosaic
+
+CONFIG = Config(
+    steps=1,
+    model=ModelConfig(
+        vocab_size=4096,
+        num_layers=1,
+        d_model=128,
+        num_heads=2,
+        num_kv_heads=2,
+        head_dim=64,
+        d_ff=32,
+    ),
+    data=DataConfig(paths=("none",), sequence_length=8, batch_size=8),
+    optimizer=OptimizerConfig(lr=1e-3),
+)
+
+
+@pytest.fixture
+def mesh():
+    return sharding.make_mesh(dict(tensor=2), jax.devices()[:2])
+
+
+def taken(mesh, **changes) -> dict[str, tuple[str, str]]:
+    """Returns what is chosen where the device is a (simulated) Hopper GPU."""
+    config = override(CONFIG, {k.replace("__", "."): v for k, v in changes.items()})
+    with mosaic.interpret():
+        return dict(choose_kernels(config, mesh))
+
+
+def test_auto_takes_our_kernels_where_they_can_run(mesh):
+    names = {name: choice[0] for name, choice in taken(mesh).items()}
+    assert names == dict.fromkeys(["attention", "norm", "cross_entropy"], "mosaic")
+    assert taken(mesh, model__qk_norm=True)["norm of heads"][0] == "mosaic"
+
+
+@pytest.mark.parametrize(
+    ("changes", "operation", "reason"),
+    [
+        (dict(model__dtype="float32"), "attention", "dtype float32"),
+        (dict(model__head_dim=32), "attention", "head width 32"),
+        (dict(model__dtype="float32"), "cross_entropy", "dtype float32"),
+        (dict(model__vocab_size=1002), "cross_entropy", "vocabulary of 501"),
+        (dict(model__qk_norm=True, model__head_dim=10), "norm of heads", "width 10"),
+    ],
+)
+def test_auto_says_what_a_kernel_cannot_do(mesh, changes, operation, reason):
+    implementation, why = taken(mesh, **changes)[operation]
+    assert implementation == "xla"
+    assert reason in why
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(kernels__attention="cudnn"), "attention=cudnn: .*segments"),
+        (dict(kernels__attention="mosaic", model__head_dim=32), "head width 32"),
+        (dict(kernels__norm="mosaic", model__d_model=7), "norm=mosaic: .*width 7"),
+        (dict(kernels__cross_entropy="mosaic", model__vocab_size=1002), "of 501"),
+    ],
+)
+def test_a_kernel_that_was_named_and_cannot_is_refused(mesh, changes, message):
+    with pytest.raises(InputError, match=rf"config\.kernels\..*{message}"):
+        taken(mesh, **changes)
+
+
+def test_a_cpu_takes_plain_jax_and_the_report_says_so_once(mesh):
+    lines = choices(prepare(CONFIG, mesh)).splitlines()
+    assert [line.split(" (")[0] for line in lines] == [
+        "attention: xla",
+        "norm: xla",
+        "cross_entropy: xla",
+    ]
+    assert all("(auto: mosaic: no " in line and "cpu" in line for line in lines)
