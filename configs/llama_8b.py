@@ -22,13 +22,7 @@ def get_config() -> Config:
     return Config(
         steps=100_000,
         model=presets.llama_8b(remat="save_attention"),
-        data=DataConfig(
-            paths=("data/corpus",),
-            sequence_length=8192,
-            batch_size=128,
-            # cuDNN attention has no document masks.
-            cross_document_attention=True,
-        ),
+        data=DataConfig(paths=("data/corpus",), sequence_length=8192, batch_size=128),
         mesh=MeshConfig(data=1, fsdp=-1, tensor=1),
         optimizer=OptimizerConfig(
             lr=3e-4, warmup_steps=2000, weight_decay=0.1, final_lr_fraction=0.1
