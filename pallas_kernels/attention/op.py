@@ -6,13 +6,24 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.attention.arguments import check_arguments
+from pallas_kernels.attention.backward import backward
+from pallas_kernels.attention.backward_fused import backward_fused
 from pallas_kernels.attention.forward import forward
-from pallas_kernels.attention.ranges import key_ranges, visible_in_ranges
-from pallas_kernels.attention.reference import attention_reference, masked_attention
-from pallas_kernels.attention.tiles import ForwardTile, forward_tile
+from pallas_kernels.attention.ranges import key_ranges
+from pallas_kernels.attention.reference import attention_reference
+from pallas_kernels.attention.tiles import (
+    FUSED_GRADIENT,
+    BackwardTile,
+    ForwardTile,
+    KeyGradientTile,
+    backward_tile,
+    forward_tile,
+    fused_tile,
+)
 from pallas_kernels.choice import Choice, Implementation, choose
 from pallas_kernels.target import INTERPRETED, Target, current_target
 
@@ -106,12 +117,8 @@ def attention(
             sinks_N=sinks_N,
         )
         return checkpoint_name(out_BTNH, "attention")
-    kernels = _Kernels(
-        softcap=softcap,
-        scale=scale,
-        deterministic=deterministic,
-        forward=forward_tile(target, q_BTNH.shape[-1], causal=causal),
-    )
+    facts = (target, q_BTNH.shape[-1], causal, softcap, scale, deterministic)
+    kernels = _kernels(*facts)
     ranges = key_ranges(q_BTNH.shape, k_BSKH.shape[1], **masks)
     return _attend(kernels, q_BTNH, k_BSKH, v_BSKH, *ranges, sinks_N)
 
@@ -190,8 +197,20 @@ class _Kernels:
 
     softcap: float | None
     scale: float
-    deterministic: bool
     forward: ForwardTile
+    backward: BackwardTile
+    fused: KeyGradientTile | None  # None: the backward pass of two kernels
+
+
+def _kernels(target, head_dim, causal, softcap, scale, deterministic) -> _Kernels:
+    fused = not deterministic and head_dim in FUSED_GRADIENT
+    return _Kernels(
+        softcap=softcap,
+        scale=scale,
+        forward=forward_tile(target, head_dim, causal=causal),
+        backward=backward_tile(target, head_dim, causal=causal),
+        fused=fused_tile(target, head_dim, causal=causal) if fused else None,
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -216,19 +235,29 @@ def _attend_forward(kernels, q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, sinks_N):
 
 
 def _attend_backward(kernels, residuals, dout_BTNH):
-    (q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, sinks_N), _, _ = residuals
-    mask_BTS = visible_in_ranges(start_BT, end_BT, k_BSKH.shape[1])
+    inputs, out_BTNH, lse_BNT = residuals
+    q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, sinks_N = inputs
+    arrays = (q_BTNH, k_BSKH, v_BSKH, out_BTNH, lse_BNT, dout_BTNH, start_BT, end_BT)
+    options = dict(softcap=kernels.softcap, scale=kernels.scale)
+    if kernels.fused:
+        dqkv = backward_fused(*arrays, **options, tile=kernels.fused)
+    else:
+        dqkv = backward(*arrays, **options, tile=kernels.backward)
+    dsinks_N = None
+    if sinks_N is not None:
+        dsinks_N = _sinks_gradient(sinks_N, out_BTNH, lse_BNT, dout_BTNH)
+    return *dqkv, None, None, dsinks_N
 
-    def attend(q_BTNH, k_BSKH, v_BSKH, sinks_N):
-        return masked_attention(
-            *(q_BTNH, k_BSKH, v_BSKH, mask_BTS, sinks_N),
-            softcap=kernels.softcap,
-            scale=kernels.scale,
-        )[0]
 
-    _, pull_back = jax.vjp(attend, q_BTNH, k_BSKH, v_BSKH, sinks_N)
-    dq_BTNH, dk_BSKH, dv_BSKH, dsinks_N = pull_back(dout_BTNH)
-    return dq_BTNH, dk_BSKH, dv_BSKH, None, None, dsinks_N
+def _sinks_gradient(sinks_N, out_BTNH, lse_BNT, dout_BTNH):
+    """A sink's weight is exp(sink - lse), and its value 0."""
+    delta_BNT = jnp.einsum(
+        "BTNH,BTNH->BNT", out_BTNH, dout_BTNH, preferred_element_type=jnp.float32
+    )
+    weights_BNT = jnp.exp(sinks_N.astype(jnp.float32)[None, :, None] - lse_BNT)
+    # Of a sink of -inf and no key in sight, -inf - -inf would be left.
+    weights_BNT = jnp.where(jnp.isneginf(lse_BNT), 0.0, weights_BNT)
+    return -(weights_BNT * delta_BNT).sum((0, 2)).astype(sinks_N.dtype)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
