@@ -4,6 +4,7 @@
 import dataclasses
 import functools
 import json
+import subprocess
 import sys
 import time
 from typing import Any
@@ -20,8 +21,9 @@ from pallas_kernels.bench.options import Options
 from pallas_kernels.bench.record import format_results, write_results
 from pallas_kernels.bench.supervisor import read_records, supervise
 from pallas_kernels.bench.timing import Entrant, time_in_turns
-from pallas_kernels.bench.worker import one_of_each_kind
+from pallas_kernels.bench.worker import find_cases, one_of_each_kind
 from pallas_kernels.case import Case, Search
+from pallas_kernels.offline import OPERATIONS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,6 +291,27 @@ def test_libraries_that_are_not_there_are_absent_and_say_so(monkeypatch):
     assert peers.jax_peers(make_case(operation="attention")) == {}
     assert peers.torch_peers(make_case(operation="attention"), []) == {}
     peers.versions.cache_clear()
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_every_operation_has_tiny_cases_for_a_dry_run(operation):
+    assert [case.operation for case in find_cases(operation, dry=True)]
+
+
+def test_a_dry_run_goes_through_everything_and_writes_what_it_found(tmp_path):
+    options = ["--dry", "--workers=1", "--case_seconds=0.1", f"--output={tmp_path}"]
+    ended = subprocess.run(
+        [sys.executable, "-m", "pallas_kernels.bench", "quantize", *options],
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    (path,) = tmp_path.glob("*_dry.json")
+    document = json.loads(path.read_text())
+    assert document["jax"] == jax.__version__ and document["dry"]
+    assert len(document["cases"]) == len(find_cases("quantize", dry=True))
+    for record in document["cases"]:
+        assert record["verdict"] == {"mosaic": "right"}, record
 
 
 def test_a_dry_run_must_not_write_among_the_results(capsys):
