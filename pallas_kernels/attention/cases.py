@@ -13,7 +13,12 @@ import numpy as np
 from pallas_kernels.attention.forward import forward
 from pallas_kernels.attention.op import attention, attention_refusals
 from pallas_kernels.attention.ranges import key_ranges
-from pallas_kernels.attention.tiles import ForwardTile, forward_tile
+from pallas_kernels.attention.tiles import (
+    ForwardTile,
+    backward_tile,
+    forward_tile,
+    fused_tile,
+)
 from pallas_kernels.case import Case, Search
 from pallas_kernels.target import Target
 
@@ -149,13 +154,22 @@ def _case(call: Call) -> Case:
         inputs=(*inputs, *others),
         flops=_flops(call) * (1 if forward else 3.5),
         num_bytes=size * (1 if forward else 2),
-        tile=forward_tile(H200, h, causal=call.causal),
+        tile=_tile(call),
         make_inputs=make_inputs,
         call={} if call.num_keys else _facts(call),
         reference=_reference(call),
         search=_search(call) if forward and call.name in SEARCHED else None,
         in_ci=call.in_ci,
     )
+
+
+def _tile(call: Call) -> Any:
+    head_dim, causal = call.shape[-1], call.causal
+    forward_one = forward_tile(H200, head_dim, causal=causal)
+    if call.passes == "forward":
+        return forward_one
+    backward_one = backward_tile if call.deterministic else fused_tile
+    return forward_one, backward_one(H200, head_dim, causal=causal)
 
 
 def _flops(call: Call) -> float:
