@@ -163,8 +163,9 @@ def test_tensor_parallel_steps_reduce_activations_where_a_sum_is_cut(setups, ste
 def test_a_batch_and_its_activations_are_never_gathered(setups, steps, name):
     tensors = moved(setups[name], steps[name])
     gathered = [m.shape for m in tensors if m.kind == "all-gather"]
-    length = CONFIG.data.sequence_length
-    assert not [shape for shape in gathered if shape[1:2] == (length,)]
+    rows, length = CONFIG.data.batch_size, CONFIG.data.sequence_length
+    # Weights may have a dim of the same size, but not behind one of rows.
+    assert not [s for s in gathered if s[0] <= rows and s[1:2] == (length,)]
 
 
 @pytest.mark.parametrize("name", ["data", "fsdp", "tensor"])
