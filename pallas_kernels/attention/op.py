@@ -139,8 +139,7 @@ def choose_attention(implementation: Implementation, **facts: Any) -> Choice:
 
 def attention_refusals(
     *,
-    target: Target | None = None,
-    platform: str | None = None,
+    target: Target,
     dtype: str,
     head_dim: int,
     causal: bool = True,
@@ -156,13 +155,10 @@ def attention_refusals(
 
     Args:
       target: the device it will run on.
-      platform: of the device, where no more is known of it.
       packed: whether there are segments_BT.
       cached: whether there are positions_BT.
       sinks: whether there are sinks_N.
     """
-    target = target or Target(str(platform), str(platform), 1)
-    on_gpu = target.platform in ("gpu", "cuda")
     halves = ("bfloat16", "float16")
     widest = 256 if target.is_hopper else 128
     mosaic = {
@@ -173,7 +169,9 @@ def attention_refusals(
     }
     # What jax.nn's cuDNN path would refuse late, or get wrong without a word.
     cudnn = {
-        f"platform {target.platform}": not on_gpu or target == INTERPRETED,
+        f"platform {target.platform}": (
+            target.platform != "gpu" or target == INTERPRETED
+        ),
         f"dtype {dtype}": dtype not in halves,
         f"head width {head_dim} (multiples of 8 up to {widest})": (
             head_dim % 8 != 0 or head_dim > widest
