@@ -40,8 +40,8 @@ CONFIG = Config(
         head_dim=16,
         d_ff=1024,  # 1 MiB a matrix and layer
     ),
-    data=DataConfig(paths=("none",), sequence_length=32, batch_size=16),
-    loss=LossConfig(chunk_tokens=32),
+    data=DataConfig(paths=("none",), sequence_length=24, batch_size=16),
+    loss=LossConfig(chunk_tokens=24),
     optimizer=OptimizerConfig(lr=1e-3),
 )
 
