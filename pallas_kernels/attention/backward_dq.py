@@ -89,50 +89,61 @@ def _ring(name: str, tile: QueryGradientTile, stages: int, h: int, dtype: Any) -
 
 
 def _run(plan: BackwardPlan, tile: QueryGradientTile, arrays: Any, shared: Any) -> None:
-    place = _tiles(plan, tile).place(lax.axis_index("block"))
-    steps = tuple(arrays.steps[place.batch, place.q_tile, i] for i in range(4))
     warpgroup = lax.axis_index("warpgroup")
     registers = REGISTERS[tile.num_warpgroups]
 
     @pl.when(warpgroup < tile.num_warpgroups)
     def _():
         plgpu.set_max_registers(registers[0], action="increase")
-        _compute(plan, tile, arrays, shared, place, steps, warpgroup)
+        _compute(plan, tile, arrays, shared, warpgroup)
 
     @pl.when(warpgroup == tile.num_warpgroups)
     def _():
         plgpu.set_max_registers(registers[1], action="decrease")
-        _load(tile, arrays, shared, place, steps)
+        _load(plan, tile, arrays, shared)
 
 
-def _load(tile, arrays, shared, place: Place, steps) -> None:
+def _place(plan: BackwardPlan, tile: QueryGradientTile) -> Place:
+    """Returns what the CUDA block works on, computed again at each call.
+
+    Kept, it would take registers that the loops have not.
+    """
+    return _tiles(plan, tile).place(lax.optimization_barrier(lax.axis_index("block")))
+
+
+def _steps(arrays: Any, place: Place) -> tuple[jax.Array, ...]:
+    return tuple(arrays.steps[place.batch, place.q_tile, i] for i in range(4))
+
+
+def _load(plan: BackwardPlan, tile: QueryGradientTile, arrays: Any, shared: Any):
+    place = _place(plan, tile)
+    lo, _, _, hi = _steps(arrays, place)
     for part in range(tile.num_warpgroups):
         rows = pl.ds((place.q_tile * tile.num_warpgroups + part) * ROWS, ROWS)
         for source, target in (arrays.q, shared.q), (arrays.dout, shared.dout):
             source = source.at[place.batch, rows, place.head]
             plgpu.copy_gmem_to_smem(source, target.at[part], shared.q_loaded)
 
-    @pl.loop(steps[0], steps[-1])
-    def _(i):
+    @pl.loop(lo, hi)
+    def visit(i):
         keys = place.batch, pl.ds(i * tile.block_kv, tile.block_kv), place.kv_head
         for source, ring, loaded, consumed in (
             (arrays.k, shared.k, shared.k_loaded, shared.k_consumed),
             (arrays.v, shared.v, shared.v_loaded, shared.v_consumed),
         ):
             stages = jnp.int32(ring.shape[0])
-            slot = lax.rem(i - steps[0], stages)
+            slot = lax.rem(i - lo, stages)
 
-            @pl.when(i - steps[0] >= stages)
-            def _(slot=slot, consumed=consumed):
+            @pl.when(i - lo >= stages)
+            def wait(slot=slot, consumed=consumed):
                 plgpu.barrier_wait(consumed.at[slot])
 
             plgpu.copy_gmem_to_smem(source.at[keys], ring.at[slot], loaded.at[slot])
 
 
-def _compute(
-    plan: BackwardPlan, tile, arrays, shared, place: Place, steps, warpgroup
-) -> None:
-    h = plan.q_shape[-1]
+def _compute(plan: BackwardPlan, tile, arrays, shared, warpgroup) -> None:
+    h, place = plan.q_shape[-1], _place(plan, tile)
+    steps = _steps(arrays, place)
     part = place.q_tile * tile.num_warpgroups + warpgroup
     rows = pl.ds(part * ROWS, ROWS)
 
@@ -146,23 +157,22 @@ def _compute(
     attend = functools.partial(
         _attend, plan, tile, shared, warpgroup, steps, terms, ranges
     )
-    dq = lax.fori_loop(steps[0], steps[-1], attend, zeros(h))
+    dq = lax.fori_loop(0, steps[-1] - steps[0], attend, zeros(h))
     out = shared.q.at[warpgroup]
     out[...] = (dq * plan.scale).astype(out.dtype)
     plgpu.commit_smem()
-    # Computed again: the loop has no registers to keep it in.
-    place = _tiles(plan, tile).place(lax.optimization_barrier(lax.axis_index("block")))
+    place, warpgroup = _place(plan, tile), lax.optimization_barrier(warpgroup)
     rows = pl.ds((place.q_tile * tile.num_warpgroups + warpgroup) * ROWS, ROWS)
     plgpu.copy_smem_to_gmem(out, arrays.dq.at[place.batch, rows, place.head])
     plgpu.wait_smem_to_gmem(0)
 
 
-def _attend(plan, tile, shared, warpgroup, steps, terms, ranges, i, dq):
+def _attend(plan, tile, shared, warpgroup, steps, terms, ranges, step, dq):
     """Adds what comes by way of a block of keys."""
     lo, full_lo, full_hi, _ = steps
     lse_term, delta_term = terms
-    slot = lax.rem(i - lo, jnp.int32(tile.num_stages))
-    v_slot = lax.rem(i - lo, jnp.int32(tile.num_value_stages))
+    slot = lax.rem(step, jnp.int32(tile.num_stages))
+    v_slot = lax.rem(step, jnp.int32(tile.num_value_stages))
     # Has addresses computed again in each step, not kept in registers.
     warpgroup = lax.optimization_barrier(warpgroup)
     plgpu.barrier_wait(shared.k_loaded.at[slot])
@@ -178,8 +188,8 @@ def _attend(plan, tile, shared, warpgroup, steps, terms, ranges, i, dq):
     s, dp = mosaic.accumulate(multiply, start, delta_term())
     plgpu.barrier_arrive(shared.v_consumed.at[v_slot])
     s = lax.cond(
-        (i < full_lo) | (i >= full_hi),
-        lambda s: hide(s, i * tile.block_kv, 1, *ranges),
+        (step < full_lo - lo) | (step >= full_hi - lo),
+        lambda s: hide(s, (lo + step) * tile.block_kv, 1, *ranges),
         lambda s: s,
         s,
     )
