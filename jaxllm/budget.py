@@ -39,11 +39,13 @@ VARIANTS = {"MIG", "Laptop", "D", "Max"}
 
 
 def num_parameters(model: ModelConfig) -> int:
-    """Returns the number of trained values, exactly."""
+    """Returns the number of values of all parameters, exactly."""
     norm = model.d_model * (2 if model.norm == "layernorm" else 1)
     heads = model.num_heads * model.head_dim
     kv_heads = model.num_kv_heads * model.head_dim
-    layer = _layer_matrices(model) + 2 * norm
+    layer = _layer_matrices(model, model.moe.num_experts) + 2 * norm
+    if model.moe.balance == "bias":
+        layer += model.moe.num_experts
     if model.qk_norm:
         layer += 2 * model.head_dim
     if model.bias != "none":
@@ -54,13 +56,22 @@ def num_parameters(model: ModelConfig) -> int:
     return tables + model.num_layers * layer + norm
 
 
+def num_active_parameters(model: ModelConfig) -> int:
+    """Returns the same without the experts that a token is not sent to."""
+    moe = model.moe
+    idle = moe.num_experts - moe.experts_per_token if moe.num_experts else 0
+    return num_parameters(model) - model.num_layers * idle * _expert(model)
+
+
 def num_matmul_parameters(model: ModelConfig) -> int:
     """Returns the number of values that each token is multiplied with.
 
     The output projection counts, tied or not; the embedding is a lookup and does not.
+    Of the experts, those that a token is sent to.
     """
     output = model.vocab_size * model.d_model
-    return model.num_layers * _layer_matrices(model) + output
+    layer = _layer_matrices(model, model.moe.experts_per_token)
+    return model.num_layers * layer + output
 
 
 def flops_per_token(
@@ -138,10 +149,18 @@ def mfu(
     return flops_per_token(model, sequence_length) * tokens_per_s / (peak * num_devices)
 
 
-def _layer_matrices(model: ModelConfig) -> int:
+def _layer_matrices(model: ModelConfig, num_experts: int) -> int:
     heads = 2 * model.num_heads + 2 * model.num_kv_heads  # query, out; key, value
     attention = model.d_model * model.head_dim * heads
-    return attention + (_mlp_inputs(model) + 1) * model.d_model * model.d_ff
+    if not model.moe.num_experts:
+        return attention + _expert(model)
+    router = model.d_model * model.moe.num_experts
+    mlps = num_experts + model.moe.num_shared_experts
+    return attention + router + mlps * _expert(model)
+
+
+def _expert(model: ModelConfig) -> int:
+    return (_mlp_inputs(model) + 1) * model.d_model * model.d_ff_expert
 
 
 def _mlp_inputs(model: ModelConfig) -> int:

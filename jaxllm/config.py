@@ -56,6 +56,7 @@ class MeshConfig:
     data: int = 1  # replicas: each has all parameters and its part of the batch
     fsdp: int = -1  # shards of parameters, optimizer state and batch
     tensor: int = 1  # shards of heads, MLP width and vocabulary
+    expert: int = 1  # shards of experts, and of all else as fsdp
 
     def __post_init__(self):
         sizes = dataclasses.asdict(self)
@@ -81,6 +82,7 @@ class KernelsConfig:
     cross_entropy: Literal["auto", "mosaic", "xla"] = "auto"  # with output projection
     deterministic: bool = True  # attention's gradients have the same bits every time
     self_check: bool = True  # compare kernels with plain JAX before training
+    grouped_matmul: Literal["auto", "mosaic", "xla"] = "auto"  # of experts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -215,4 +217,10 @@ class Config:
                 f"config.data.batch_size={batch} must be a multiple of "
                 f"config.optimizer.microbatches={parts}; use "
                 f"{neighbours(batch, parts)}."
+            )
+        if self.mesh.expert != 1 and not self.model.moe.num_experts:
+            raise InputError(
+                f"config.mesh.expert={self.mesh.expert} needs experts, but "
+                "config.model.moe.num_experts=0; use config.mesh.fsdp, which cuts the "
+                "batch and the weights in the same way."
             )

@@ -10,6 +10,7 @@ import pallas_kernels
 from jaxllm.config import Config, InputError
 from pallas_kernels import self_check
 from pallas_kernels.choice import Choice
+from pallas_kernels.grouped_matmul import choose_grouped_matmul
 from pallas_kernels.target import current_target
 
 
@@ -52,6 +53,16 @@ def choose_kernels(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Choice]
             dtype=model.dtype,
             num_words=_words_of_a_device(config, mesh),
         )
+    if model.moe.num_experts:
+        with _named("grouped_matmul", kernels.grouped_matmul), jax.set_mesh(mesh):
+            num_experts = model.moe.num_experts // mesh.shape["expert"]
+            width = model.d_ff_expert // mesh.shape["tensor"]
+            shape = (num_experts, model.d_model, width)
+            chosen["grouped_matmul of experts"] = choose_grouped_matmul(
+                jax.ShapeDtypeStruct((1, model.d_model), model.dtype),
+                jax.ShapeDtypeStruct(shape, model.dtype),
+                kernels.grouped_matmul,
+            )
     return chosen
 
 

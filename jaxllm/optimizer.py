@@ -52,7 +52,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> Schedule:
 
 
 def make_optimizer(
-    config: OptimizerConfig, steps: int, axes: Axes
+    config: OptimizerConfig, steps: int, axes: Axes, *, balance_step: float = 0.0
 ) -> optax.GradientTransformation:
     """Returns the Optax transformation of a config.
 
@@ -65,7 +65,28 @@ def make_optimizer(
         by adafactor; eps not by lion and sgd.
       steps: length of the run, for the schedule.
       axes: the letters of each parameter ("LDNH"), in a tree like the parameters.
+      balance_step: what the bias of an overloaded expert loses in an update.
     """
+    trained = _train(config, steps, axes)
+    if not any(map(is_load_bias, jax.tree.leaves(axes))):
+        return trained
+    balance = optax.stateless(
+        lambda updates, _: jax.tree.map(lambda g: -balance_step * jnp.sign(g), updates)
+    )
+    return optax.partition(
+        {"trained": trained, "balance": balance},
+        jax.tree.map(lambda x: "balance" if is_load_bias(x) else "trained", axes),
+    )
+
+
+def is_load_bias(letters: str) -> bool:
+    """Says if a parameter is a router's bias: its gradient is an error in the load."""
+    return "R" in letters and "D" not in letters
+
+
+def _train(
+    config: OptimizerConfig, steps: int, axes: Axes
+) -> optax.GradientTransformation:
     clip = optax.identity()
     if config.clip_norm is not None:
         clip = optax.clip_by_global_norm(config.clip_norm)

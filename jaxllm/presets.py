@@ -9,7 +9,7 @@ The numbers of parameters are those of the preset as it is.
 import dataclasses
 from typing import Any
 
-from jaxllm.config import ModelConfig
+from jaxllm.config import ModelConfig, MoEConfig
 
 
 def tiny_1m(**changes: Any) -> ModelConfig:
@@ -151,6 +151,66 @@ def qwen3_0_6b(**changes: Any) -> ModelConfig:
         qk_norm=True,
         tie_embeddings=True,
         rope_theta=1_000_000.0,
+    )
+    return dataclasses.replace(model, **changes)
+
+
+def tiny_moe_3m(**changes: Any) -> ModelConfig:
+    """2,694,272 parameters: `tiny_1m` with experts; a token uses 924,800."""
+    moe = MoEConfig(
+        num_experts=8,
+        experts_per_token=2,
+        d_ff_expert=192,
+        renormalize=True,
+        balance="loss",
+        router_z_loss=1e-3,
+    )
+    return dataclasses.replace(tiny_1m(moe=moe), **changes)
+
+
+def mixtral_8x7b(**changes: Any) -> ModelConfig:
+    """46,702,792,704 parameters; a token uses 12,879,925,248.
+
+    Source: Jiang et al., "Mixtral of Experts" (arXiv:2401.04088), table 1.
+    """
+    model = llama_8b(
+        vocab_size=32_000,
+        rope_theta=1_000_000.0,
+        moe=MoEConfig(
+            num_experts=8,
+            experts_per_token=2,
+            renormalize=True,
+            balance="loss",
+            balance_weight=0.02,
+        ),
+    )
+    return dataclasses.replace(model, **changes)
+
+
+def qwen3_30b_a3b(**changes: Any) -> ModelConfig:
+    """30,532,122,624 parameters; a token uses 3,353,032,704.
+
+    Source: Yang et al., "Qwen3 Technical Report" (arXiv:2505.09388), table 2; the
+    widths are those of its published config.
+    """
+    model = ModelConfig(
+        vocab_size=151_936,
+        num_layers=48,
+        d_model=2048,
+        num_heads=32,
+        num_kv_heads=4,
+        head_dim=128,
+        d_ff=6144,
+        qk_norm=True,
+        rope_theta=1_000_000.0,
+        moe=MoEConfig(
+            num_experts=128,
+            experts_per_token=8,
+            d_ff_expert=768,
+            renormalize=True,
+            balance="loss",
+            balance_weight=0.001,
+        ),
     )
     return dataclasses.replace(model, **changes)
 

@@ -26,6 +26,8 @@ def cost_report(setup: Setup) -> str:
     state = setup.abstract_state
     tokens = config.data.batch_size * config.data.sequence_length
     flops = budget.flops_per_token(config.model, config.data.sequence_length)
+    counts = budget.num_parameters(config.model)
+    active = budget.num_active_parameters(config.model)
     lines = {
         "parameters": _mib(_device_bytes(state.params)),
         "optimizer state": _mib(_device_bytes(state.opt_state)),
@@ -33,6 +35,7 @@ def cost_report(setup: Setup) -> str:
         "batch": _mib(_device_bytes(setup.abstract_batch)),
         "tokens a step": f"{tokens:,}",
         "tokens in all": f"{tokens * config.steps:,}",
+        **({"a token uses": f"{active:,} parameters"} if active < counts else {}),
         "FLOPs a token": f"{flops:.3e}",
         "FLOPs a step": f"{flops * tokens:.3e}",
     }

@@ -158,6 +158,7 @@ class Run:
             "grad_norm": values["grad_norm"],
             "lr": values["lr"],
             "num_targets": values["num_targets"],
+            **{k: v for k, v in values.items() if k.startswith("router_")},
             "tokens_per_s": tokens_per_s,
             "mfu": math.nan if mfu is None else mfu,  # null in metrics.jsonl
             "step_s": step_s,

@@ -13,7 +13,7 @@ import sharding
 from jaxllm.config import Config
 from jaxllm.loss import next_token_loss
 from jaxllm.models import Model
-from jaxllm.optimizer import make_optimizer, make_schedule
+from jaxllm.optimizer import is_load_bias, make_optimizer, make_schedule
 
 BATCH_NAMES = ("tokens", "targets", "segments", "positions")
 Batch = Mapping[str, jax.Array]  # of these names; int32 [B, T]
@@ -60,7 +60,12 @@ def prepare(config: Config, mesh: jax.sharding.Mesh) -> Setup:
     """
     model = Model(config.model, config.kernels)
     plan = sharding.plan(model.abstract, model.letters, mesh, dims=_dims(config))
-    optimizer = make_optimizer(config.optimizer, config.steps, _nest(model.letters))
+    optimizer = make_optimizer(
+        config.optimizer,
+        config.steps,
+        _nest(model.letters),
+        balance_step=config.model.moe.balance_weight,
+    )
     state = jax.eval_shape(lambda params: _new_state(params, optimizer), model.abstract)
     batch_sharding = sharding.named_sharding("BT", sharding.COMPUTE, mesh)
     shape = (config.data.batch_size, config.data.sequence_length)
@@ -99,9 +104,11 @@ def compile_step(setup: Setup) -> jax.stages.Compiled:
     """Compiles (state, batch) -> (state, metrics) ahead of time; donates the state.
 
     Metrics are float32: `loss` is the mean negative log-likelihood of the batch's
-    targets, `objective` adds z-loss, `grad_norm` is before clipping; `leaf_norms`
-    has the gradient norm of each parameter, in the order of `jax.tree.leaves`.
+    targets, `objective` adds z-loss and what balances experts, `grad_norm` is before
+    clipping; `leaf_norms` has the gradient norm of each parameter, in the order of
+    `jax.tree.leaves`; the statistics of `route`, if any, begin with "router_".
     """
+    trained = [not is_load_bias(row.letters) for row in setup.plan.rows]
     schedule = make_schedule(setup.config.optimizer, setup.config.steps)
     specs = _specs(setup.abstract_state)
     # Optax contracts and promotes without saying how: automatic axes, loose dtypes.
@@ -120,9 +127,8 @@ def compile_step(setup: Setup) -> jax.stages.Compiled:
         updates, opt_state = update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {
-            "loss": sums[1] * scale,
-            "objective": sums[0] * scale,
-            "grad_norm": jnp.linalg.norm(leaf_norms),
+            **{name: value * scale for name, value in sums.items()},
+            "grad_norm": jnp.linalg.norm(leaf_norms * jnp.array(trained, jnp.float32)),
             "lr": jnp.asarray(schedule(state.step), jnp.float32),
             "num_targets": num_targets.astype(jnp.float32),
             "leaf_norms": leaf_norms,
@@ -138,7 +144,7 @@ def compile_eval(setup: Setup) -> jax.stages.Compiled:
     """Compiles (params, batch) -> sums [2]: negative log-likelihood, and targets."""
 
     def eval_step(params, batch: Batch):
-        _, nll = _loss_sums(setup, params, batch)
+        nll = _loss_sums(setup, params, batch)["loss"]
         return jnp.stack([nll, (batch["targets"] >= 0).sum().astype(jnp.float32)])
 
     with jax.set_mesh(setup.mesh):
@@ -157,15 +163,19 @@ def compile_check(setup: Setup) -> jax.stages.Compiled:
         return jax.jit(check).lower(setup.abstract_state).compile()
 
 
-def _loss_sums(setup: Setup, params: Any, batch: Batch):
+def _loss_sums(setup: Setup, params: Any, batch: Batch) -> dict[str, jax.Array]:
+    """Returns sums over the batch's targets, of `objective`, `loss` and statistics."""
     model = setup.model.bind(params)
     mixed = setup.config.data.cross_document_attention
-    x_BTD, _ = model(
-        batch["tokens"], batch["positions"], None if mixed else batch["segments"]
+    x_BTD, _, stats = model.run(
+        batch["tokens"],
+        batch["positions"],
+        None if mixed else batch["segments"],
+        is_token_BT=batch["segments"] > 0,
     )
     w, letters = model.output_weights()
     with jax.named_scope("loss"):
-        return next_token_loss(
+        objective, nll = next_token_loss(
             x_BTD,
             w,
             batch["targets"],
@@ -174,14 +184,19 @@ def _loss_sums(setup: Setup, params: Any, batch: Batch):
             setup.config.loss,
             setup.config.kernels.cross_entropy,
         )
+    # Means over the tokens of a microbatch, to be weighted by its targets.
+    num_targets = (batch["targets"] >= 0).sum().astype(jnp.float32)
+    sums = {name: value * num_targets for name, value in stats.items()}
+    objective += sums.pop("penalty", 0.0)
+    return {"objective": objective, "loss": nll, **sums}
 
 
 def _accumulate(setup: Setup, params: Any, batch: Batch):
-    """Returns the gradient of the summed objective, and [objective, nll]: float32."""
+    """Returns the gradient of the summed objective, and all sums: float32."""
 
     def loss(params, batch):
-        objective, nll = _loss_sums(setup, params, batch)
-        return objective, jnp.stack([objective, nll])
+        sums = _loss_sums(setup, params, batch)
+        return sums["objective"], sums
 
     gradient = jax.grad(loss, has_aux=True)
     parts = setup.config.optimizer.microbatches
@@ -195,10 +210,12 @@ def _accumulate(setup: Setup, params: Any, batch: Batch):
         return rows_BT.reshape(b // parts, parts, t).swapaxes(0, 1)
 
     def add(total, part):
-        return jax.tree.map(jnp.add, total, gradient(params, part)), None
+        grads, sums = gradient(params, part)
+        return jax.tree.map(jnp.add, total, grads), sums
 
-    zero = (jax.tree.map(jnp.zeros_like, params), jnp.zeros(2, jnp.float32))
-    return jax.lax.scan(add, zero, jax.tree.map(split, dict(batch)))[0]
+    zero = jax.tree.map(jnp.zeros_like, params)
+    grads, sums = jax.lax.scan(add, zero, jax.tree.map(split, dict(batch)))
+    return grads, jax.tree.map(jnp.sum, sums)
 
 
 def _new_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
@@ -213,7 +230,7 @@ def _dims(config: Config) -> dict[str, tuple[str, int]]:
         "T": ("config.data.sequence_length", config.data.sequence_length),
         "N": ("config.model.num_heads", config.model.num_heads),
         "K": ("config.model.num_kv_heads", config.model.num_kv_heads),
-        "F": ("config.model.d_ff", config.model.d_ff),
+        "F": ("config.model.d_ff", config.model.d_ff_expert),
         "V": ("config.model.vocab_size", config.model.vocab_size),
     }
 

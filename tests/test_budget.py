@@ -15,11 +15,12 @@ from jaxllm.budget import (
     flops_per_token,
     mean_keys,
     mfu,
+    num_active_parameters,
     num_matmul_parameters,
     num_parameters,
     peak_flops,
 )
-from jaxllm.config import KernelsConfig
+from jaxllm.config import KernelsConfig, MoEConfig
 from jaxllm.models import Model
 
 TINY = presets.tiny_1m()
@@ -36,6 +37,13 @@ TINY = presets.tiny_1m()
         {"qk_norm": True, "mlp": "geglu"},
         {"windows": (0, 8), "norm": "layernorm", "qk_norm": True},
         {"scan_layers": False},
+        {"moe": MoEConfig(num_experts=8, experts_per_token=2)},
+        {
+            "mlp": "gelu",
+            "moe": MoEConfig(
+                num_experts=3, d_ff_expert=8, num_shared_experts=2, balance="bias"
+            ),
+        },
     ],
 )
 def test_the_formula_counts_the_parameters_of_the_model(changes):
@@ -50,6 +58,15 @@ def test_matmul_parameters_leave_out_only_the_lookup_and_the_vectors():
     assert num_matmul_parameters(TINY) == num_parameters(TINY) - vectors - table
     tied = replace(TINY, tie_embeddings=True)
     assert num_matmul_parameters(tied) == num_parameters(tied) - vectors
+
+
+def test_a_token_pays_for_its_own_experts_and_the_router():
+    moe = MoEConfig(num_experts=8, experts_per_token=2, d_ff_expert=TINY.d_ff // 2)
+    routers = TINY.num_layers * TINY.d_model * moe.num_experts
+    mixture = replace(TINY, moe=moe)
+    assert num_active_parameters(mixture) == num_parameters(TINY) + routers
+    assert num_matmul_parameters(mixture) == num_matmul_parameters(TINY) + routers
+    assert flops_per_token(mixture, 64) == flops_per_token(TINY, 64) + 6 * routers
 
 
 @given(st.integers(1, 60), st.integers(0, 70))

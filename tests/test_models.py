@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxllm import budget, presets
-from jaxllm.config import LossConfig, ModelConfig
+from jaxllm.config import LossConfig, ModelConfig, MoEConfig
 from jaxllm.loss import next_token_loss
 from jaxllm.models import Model, make_cache
 
@@ -43,6 +43,21 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "windows": dict(windows=(3, 0), num_layers=4),
     "soft-caps": dict(attention_softcap=1.5, logit_softcap=0.5),
     "unrolled windows": dict(windows=(3, 0), scan_layers=False),
+    "experts": dict(
+        moe=MoEConfig(num_experts=4, experts_per_token=2, renormalize=True)
+    ),
+    "shared experts, sigmoid, biases": dict(
+        windows=(3, 0),
+        mlp="gelu",
+        bias="qkv",
+        moe=MoEConfig(
+            num_experts=3,
+            d_ff_expert=8,
+            num_shared_experts=2,
+            router="sigmoid",
+            balance="bias",
+        ),
+    ),
 }
 every_option = pytest.mark.parametrize("option", OPTIONS)
 
@@ -305,6 +320,7 @@ def test_tied_models_have_one_table():
 PRESETS = [
     *("tiny_1m", "small_15m", "base_124m", "llama_350m", "llama_1b", "llama_3b"),
     *("llama_8b", "llama_70b", "qwen3_0_6b", "gemma_like_1b"),
+    *("tiny_moe_3m", "mixtral_8x7b", "qwen3_30b_a3b"),
 ]
 
 

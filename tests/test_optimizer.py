@@ -284,3 +284,27 @@ def test_sharded_updates_are_the_unsharded_ones_and_moments_stay_sharded(name):
     for path, leaf in by_path(state).items():
         replicated = leaf.sharding.is_fully_replicated
         assert not replicated or leaf.nbytes < whole / 100, path
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_biases_of_routers_move_by_the_sign_of_their_error_beside_all_else(name):
+    rng = np.random.default_rng(0)
+    axes = {"router": "LDR", "up": "LEDF", "norm": "LD"}
+    sizes = dict(L=2, D=8, R=4, E=4, F=16)
+    params = {
+        path: np.float32(rng.normal(size=[sizes[letter] for letter in letters]))
+        for path, letters in axes.items()
+    }
+    error = np.array([[3, -1, 0, -2], [0, 0, 1, -1]], np.float32)
+    settings = config(name=name, weight_decay=0.1, clip_norm=0.5)
+    plain = make_optimizer(settings, 10, axes)
+    expected, _ = first_update(plain, params, params)
+    optimizer = make_optimizer(
+        settings, 10, {**axes, "router_bias": "LR"}, balance_step=0.25
+    )
+    # An error of any size: it is no part of the global norm that is clipped.
+    both = {**params, "router_bias": 1000 * error}
+    updates, _ = first_update(optimizer, both, both)
+    np.testing.assert_array_equal(updates["router_bias"], -0.25 * np.sign(error))
+    for path in axes:
+        np.testing.assert_array_equal(updates[path], expected[path])

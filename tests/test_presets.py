@@ -6,7 +6,7 @@ import inspect
 import pytest
 
 from jaxllm import presets
-from jaxllm.budget import num_parameters
+from jaxllm.budget import num_active_parameters, num_parameters
 from jaxllm.config import InputError, ModelConfig
 
 KNOWN = {
@@ -20,6 +20,14 @@ KNOWN = {
     "llama_70b": 70_553_706_496,
     "qwen3_0_6b": 596_049_920,
     "gemma_like_1b": 946_146_432,
+    "tiny_moe_3m": 2_694_272,
+    "mixtral_8x7b": 46_702_792_704,
+    "qwen3_30b_a3b": 30_532_122_624,
+}
+ACTIVE = {
+    "tiny_moe_3m": 924_800,
+    "mixtral_8x7b": 12_879_925_248,
+    "qwen3_30b_a3b": 3_353_032_704,
 }
 
 
@@ -36,6 +44,13 @@ def test_every_preset_is_known():
 def test_a_preset_has_as_many_parameters_as_published_and_as_it_says(name):
     assert num_parameters(preset(name)) == KNOWN[name]
     assert f"{KNOWN[name]:,} parameters" in getattr(presets, name).__doc__
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_a_token_uses_the_parameters_of_its_own_experts(name):
+    assert num_active_parameters(preset(name)) == ACTIVE.get(name, KNOWN[name])
+    if name in ACTIVE:
+        assert f"a token uses {ACTIVE[name]:,}." in getattr(presets, name).__doc__
 
 
 def test_gpt2_without_its_positions_is_the_base_model():

@@ -13,8 +13,10 @@ import sharding
 from jaxllm.config import KernelsConfig, ModelConfig
 from jaxllm.models.attention import Attention, Cache
 from jaxllm.models.mlp import MLP
+from jaxllm.models.moe import MoE
 from jaxllm.models.norms import Norm
 from jaxllm.models.parameters import embed, matrix, project, stack
+from jaxllm.models.routing import Stats
 
 Caches = dict[str, Cache]  # by block of a period; stacked over periods by a scan
 
@@ -39,23 +41,32 @@ class Block(nnx.Module):
         self.attention_norm = Norm(config, kernels)
         self.attention = Attention(config, kernels, window, attention_key)
         self.mlp_norm = Norm(config, kernels)
-        self.mlp = MLP(config, mlp_key)
+        if config.moe.num_experts:
+            self.mlp = MoE(config, kernels, mlp_key)
+        else:
+            self.mlp = MLP(config, mlp_key)
 
     def __call__(
         self,
         x_BTD: jax.Array,
         positions_BT: jax.Array,
         segments_BT: jax.Array | None,
+        is_token_BT: jax.Array,
         cache: Cache | None,
-    ) -> tuple[jax.Array, Cache | None]:
+    ) -> tuple[jax.Array, Cache | None, Stats]:
+        decoding = cache is not None
         with jax.named_scope("attention"):
             y_BTD, cache = self.attention(
                 self.attention_norm(x_BTD), positions_BT, segments_BT, cache
             )
+        stats = {}
         with jax.named_scope("mlp"):
             y_BTD, x_BTD = self.mlp_norm.add(x_BTD, y_BTD)
-            x_BTD = x_BTD + self.mlp(y_BTD)
-        return checkpoint_name(x_BTD, "block"), cache
+            if isinstance(self.mlp, MoE):
+                y_BTD, stats = self.mlp(y_BTD, is_token_BT, drop=not decoding)
+            else:
+                y_BTD = self.mlp(y_BTD)
+        return checkpoint_name(x_BTD + y_BTD, "block"), cache, stats
 
 
 class Period(nnx.Module):
@@ -72,14 +83,17 @@ class Period(nnx.Module):
         for name, window, key in zip(self.names, windows, keys, strict=True):
             setattr(self, name, Block(config, kernels, window, key))
 
-    def __call__(self, x_BTD, positions_BT, segments_BT, cache):
-        """Returns x after every block, and each block's cache by its name."""
-        caches = {}
+    def __call__(self, x_BTD, positions_BT, segments_BT, is_token_BT, cache):
+        """Returns x after every block, each block's cache by its name, mean stats."""
+        caches, stats = {}, []
         for name in self.names:
-            x_BTD, caches[name] = getattr(self, name)(
-                x_BTD, positions_BT, segments_BT, None if cache is None else cache[name]
+            x_BTD, caches[name], of_block = getattr(self, name)(
+                *(x_BTD, positions_BT, segments_BT, is_token_BT),
+                None if cache is None else cache[name],
             )
-        return x_BTD, None if cache is None else caches
+            stats.append(of_block)
+        mean = jax.tree.map(lambda *values: sum(values) / len(values), *stats)
+        return x_BTD, (None if cache is None else caches, mean)
 
 
 class Transformer(nnx.Module):
@@ -117,11 +131,31 @@ class Transformer(nnx.Module):
           segments_BT: int32 document of each token in a packed row; 0 is padding.
           cache: from `make_cache`; a token sees the slots up to its own position.
         """
+        return self.run(tokens_BT, positions_BT, segments_BT, cache=cache)[:2]
+
+    def run(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        segments_BT: jax.Array | None = None,
+        is_token_BT: jax.Array | None = None,
+        cache: Caches | None = None,
+    ) -> tuple[jax.Array, Caches | None, Stats]:
+        """Returns what a call does, and the mean over layers of what `route` tells.
+
+        Args:
+          tokens_BT: and others as for a call.
+          is_token_BT: bool, false for padding; None is where segments_BT says so.
+        """
+        if is_token_BT is None:
+            known = segments_BT is not None
+            is_token_BT = segments_BT > 0 if known else jnp.ones_like(tokens_BT, bool)
         with jax.named_scope("embedding"):
             x_BTD = embed(tokens_BT, self.embedding[...], jnp.dtype(self.config.dtype))
-        x_BTD, cache = self._run_blocks(x_BTD, positions_BT, segments_BT, cache)
+        where = (positions_BT, segments_BT, is_token_BT)
+        x_BTD, cache, stats = self._run_blocks(x_BTD, where, cache)
         with jax.named_scope("final_norm"):
-            return self.final_norm(x_BTD), cache
+            return self.final_norm(x_BTD), cache, stats
 
     def output_weights(self) -> tuple[jax.Array, str]:
         """Returns the parameter that maps x to logits, and its letters."""
@@ -137,15 +171,17 @@ class Transformer(nnx.Module):
             logits_BTV = cap * jnp.tanh(logits_BTV / cap)
         return logits_BTV
 
-    def _run_blocks(self, x_BTD, positions_BT, segments_BT, cache):
+    def _run_blocks(self, x_BTD, where, cache):
         def run(x_BTD, period_and_cache):
             period, cache = period_and_cache
-            return period(x_BTD, positions_BT, segments_BT, cache)
+            return period(x_BTD, *where, cache)
 
         run = _with_remat(run, self.config)
-        if self.config.scan_layers:
-            return jax.lax.scan(run, x_BTD, (self.blocks, cache))
-        return run(x_BTD, (self.blocks, cache))
+        if not self.config.scan_layers:
+            x_BTD, (cache, stats) = run(x_BTD, (self.blocks, cache))
+            return x_BTD, cache, stats
+        x_BTD, (cache, stats) = jax.lax.scan(run, x_BTD, (self.blocks, cache))
+        return x_BTD, cache, jax.tree.map(jnp.mean, stats)
 
 
 def make_cache(config: ModelConfig, batch: int, length: int) -> Caches:
