@@ -13,6 +13,7 @@ to the other, which makes dS and dK.
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -81,8 +82,9 @@ def own_scores(walk: Walk, step: Step) -> tuple[jax.Array, ...]:
 
 def store_both(walk: Walk, dk: jax.Array, dv: jax.Array) -> None:
     """Writes the gradients of a warpgroup's own keys, over the keys and values."""
-    walk.store(dk * walk.plan.scale, walk.shared.k, walk.arrays.dk, walk.warpgroup)
-    walk.store(dv, walk.shared.v, walk.arrays.dv, walk.warpgroup)
+    part = lax.optimization_barrier(walk.warpgroup)  # as in `Walk.queries`
+    walk.store(dk * walk.plan.scale, walk.shared.k, walk.arrays.dk, part)
+    walk.store(dv, walk.shared.v, walk.arrays.dv, part)
 
 
 def _shared_keys(walk: Walk) -> None:

@@ -60,8 +60,7 @@ class Walk:
 
     @property
     def place(self) -> KeyTile:
-        """What the CUDA block works on, computed again each time it is asked for."""
-        return self.tiles.place(lax.optimization_barrier(lax.axis_index("block")))
+        return _place(self.tiles)
 
     def queries(self, step: Callable[[Step, Any], Any], carry: Any) -> Any:
         """Returns carry after `carry = step(Step, carry)` for each step."""
@@ -189,23 +188,32 @@ def walk_kernel(
 
 
 def _run(tiles: KeyTiles, tile: KeyGradientTile, compute, arrays, shared) -> None:
-    place = tiles.place(lax.axis_index("block"))
-    arrays = types.SimpleNamespace(**arrays)
-    steps = tuple(arrays.steps[place.batch, place.tile, i] for i in range(4))
-    warpgroup = lax.axis_index("warpgroup")
-    walk = Walk(tiles, tile, steps, warpgroup, arrays, shared)
+    warpgroup, arrays = lax.axis_index("warpgroup"), types.SimpleNamespace(**arrays)
     registers = REGISTERS[tile.num_warpgroups]
+
+    def walk():
+        place = _place(tiles)
+        steps = tuple(arrays.steps[place.batch, place.tile, i] for i in range(4))
+        return Walk(tiles, tile, steps, warpgroup, arrays, shared)
 
     @pl.when(warpgroup < tile.num_warpgroups)
     def _():
         plgpu.set_max_registers(registers[0], action="increase")
-        compute(walk)
+        compute(walk())
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup == tile.num_warpgroups)
     def _():
         plgpu.set_max_registers(registers[1], action="decrease")
-        _load(walk)
+        _load(walk())
+
+
+def _place(tiles: KeyTiles) -> KeyTile:
+    """Returns what the CUDA block works on, computed again at each call.
+
+    Kept, it would take registers that the loops have not.
+    """
+    return tiles.place(lax.optimization_barrier(lax.axis_index("block")))
 
 
 def _load(walk: Walk) -> None:
