@@ -4,8 +4,8 @@
     python scripts/compile_step.py --config configs/llama_8b.py --gpus 8 \\
         [--config.kernels.attention=xla] [--json]
 
-Bytes of one device, arrays that are communicated, and calls of kernels; a loop's body
-counts once. Needs no GPU but what `make .venv/cuda` installs.
+Bytes of one device, arrays that a step communicates, and calls of kernels in its text:
+those of a loop's body count once. Needs no GPU but what `make .venv/cuda` installs.
 """
 
 import collections
@@ -40,7 +40,10 @@ def cost(config: Config, num_gpus: int) -> dict[str, Any]:
     compile_s = time.perf_counter() - began_at_s
     memory, text = step.memory_analysis(), step.as_text()
     assert memory is not None and text is not None
-    collectives = sharding.read_collectives(text, mesh)
+    # Arrays: one instruction may move several, and often if it is in a loop.
+    moved = collections.Counter()
+    for collective in sharding.read_collectives(text, mesh):
+        moved[collective.kind] += len(collective.arrays) * (collective.count or 1)
     return {
         "choices": chosen.splitlines(),
         "compile_s": round(compile_s, 1),
@@ -48,10 +51,7 @@ def cost(config: Config, num_gpus: int) -> dict[str, Any]:
         "outputs_bytes": memory.output_size_in_bytes,
         "aliased_bytes": memory.alias_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
-        # Of arrays: one instruction may move several.
-        "collectives": dict(
-            collections.Counter(c.kind for c in collectives for _ in c.arrays)
-        ),
+        "collectives": dict(moved),
         "kernels": kernel_calls(text),
     }
 
