@@ -150,3 +150,12 @@ def test_a_section_in_a_section_is_changed_together_with_it():
         override(config, {"model.moe.num_experts": 0}).model
         == override(CONFIG, {"model.d_ff": 64}).model
     )
+
+
+@pytest.mark.parametrize("size", [2, -1])
+def test_an_expert_axis_without_experts_is_refused(size):
+    with pytest.raises(
+        InputError, match=rf"mesh\.expert={size} needs experts"
+    ) as error:
+        override(CONFIG, {"mesh.expert": size, "mesh.fsdp": 1})
+    assert "use config.mesh.fsdp" in str(error.value)

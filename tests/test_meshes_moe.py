@@ -5,19 +5,25 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import sharding
 from jaxllm.config import (
     Config,
     DataConfig,
+    KernelsConfig,
     LossConfig,
     ModelConfig,
     MoEConfig,
     OptimizerConfig,
 )
+from jaxllm.configfile import override
+from jaxllm.models.moe import MoE
 from jaxllm.step import Setup, compile_step, init_state, prepare
+from jaxllm.train import train as run_training
 
 MESHES = {
     "one device": {},
@@ -198,3 +204,56 @@ def test_dropless_experts_report_no_drops_and_full_ones_some():
     assert "router_dropped" not in train("dropless", "one device").metrics
     dropped = train("capacity", "one device").metrics["router_dropped"]
     assert np.all((dropped > 0) & (dropped < 1))
+
+
+def test_a_run_with_experts_logs_its_router_and_resumes_bitwise(tiny, tmp_path):
+    changes = {
+        "steps": 4,
+        "mesh.fsdp": 4,
+        "mesh.expert": 2,
+        "model.moe.num_experts": 4,
+        "model.moe.balance": "bias",
+        "model.moe.capacity_factor": 1.5,
+        "eval.every": 0,
+    }
+    whole = list(run_training(tiny(changes), tmp_path / "whole"))
+    names = {"router_load", "router_entropy", "router_dropped", "router_balance_loss"}
+    assert all(names <= set(record) for record in whole)
+    # Two steps, then the other two: each from its save.
+    parts = run_training(tiny(changes), tmp_path / "parts")
+    first = [next(parts), next(parts)]
+    parts.close()
+    rest = list(run_training(tiny(changes), tmp_path / "parts"))
+    numbers = ("step", "loss", "grad_norm", *sorted(names))
+    got = {r["step"]: [r[name] for name in numbers] for r in [*first, *rest]}
+    assert got == {r["step"]: [r[name] for name in numbers] for r in whole}
+
+
+@pytest.mark.parametrize(
+    ("letter", "changes", "sizes"),
+    [
+        ("E", {"model.moe.num_experts": 6}, "use E=4 or 8, or expert one of [1, 2]"),
+        ("F", {"model.moe.d_ff_expert": 5}, "use F=4 or 6, or tensor one of [1]"),
+        ("B", {"data.batch_size": 12}, "use B=4 or 8, or expert one of [1, 2]"),
+    ],
+)
+def test_what_the_axes_do_not_divide_is_refused_with_sizes_that_do(
+    letter, changes, sizes
+):
+    mesh = sharding.make_mesh(dict(expert=4, tensor=2))
+    with pytest.raises(sharding.ShardingError) as error:
+        prepare(override(config("dropless"), changes), mesh)
+    assert f": {letter} (" in str(error.value)
+    assert sizes in str(error.value)
+
+
+def test_a_capacity_on_a_mesh_that_cuts_rows_is_refused():
+    model = config("capacity").model
+    layer = nnx.eval_shape(lambda: MoE(model, KernelsConfig(), jax.random.key(0)))
+    x_BTD = jnp.zeros((ROWS, LENGTH, model.d_model))
+    is_token_BT = jnp.ones((ROWS, LENGTH), bool)
+    with (
+        jax.set_mesh(sharding.make_mesh(dict(fsdp=4, context=2))),
+        pytest.raises(ValueError, match=r"capacity_factor=1\.0 counts the tokens"),
+    ):
+        layer(x_BTD, is_token_BT, drop=True)

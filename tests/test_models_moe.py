@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The experts of a layer against a loop over tokens."""
 
+import collections
 import functools
 
 import jax
@@ -157,3 +158,48 @@ def test_a_capacity_keeps_the_first_pairs_of_each_group():
     rows = sort_rows(groups, 3, 6, capacity=2)
     np.testing.assert_array_equal(rows.row_of_pair, [[0, 2], [1, 4], [6, 6], [5, 6]])
     np.testing.assert_array_equal(rows.pair_of_row, [0, 2, 1, 8, 3, 6])
+
+
+@pytest.mark.parametrize("capacity", [None, 2])
+def test_tokens_move_as_many_bytes_as_the_formulas_say(capacity):
+    mesh, width = sharding.make_mesh(MESHES["fsdp 2 x expert 4"]), 256
+    values = {
+        path: jax.ShapeDtypeStruct(
+            (
+                *dict(x=(B, T, width), share=(B, T, A), choice=(B, T, A)).get(path, ()),
+                *(dict(E=E, D=width, F=F)[i] for i in LETTERS.get(path, "")),
+            ),
+            jnp.int32 if path == "choice" else jnp.float32,
+            sharding=sharding.named_sharding(
+                dict(x="BTD", share="BTA", choice="BTA").get(path) or LETTERS[path],
+                sharding.STORAGE if path in LETTERS else sharding.COMPUTE,
+                mesh,
+            ),
+        )
+        for path in ("x", "share", "choice", *LETTERS)
+    }
+    weights = {name: values[name] for name in LETTERS}
+    args = (values["x"], values["share"], weights, values["choice"])
+    with jax.set_mesh(mesh):
+        step = compiled(run, "swiglu", capacity, "bytes").lower(*args).compile()
+    sent = collections.defaultdict(float)
+    for one in sharding.read_collectives(step.as_text() or "", mesh):
+        if one.axes == ("expert",):
+            sent[one.kind] += one.wire_bytes * (one.count or 1)
+    # Not in a loop over layers, the backward pass takes what the forward pass received.
+    ways, rows, item = 4, B // 8, 4
+    token, pair = width * item, A * item
+    others = (ways - 1) * rows * T
+    if capacity is None:
+        assert sent == {
+            # x, shares and choices; the gradient of the output.
+            "all-gather": others * (token + 2 * pair + token),
+            # The output; gradients of x and of the shares.
+            "reduce-scatter": others * (2 * token + pair),
+        }
+    else:
+        places = rows * E * capacity * (ways - 1) / ways
+        assert sent == {
+            # x and the output, their gradients; shares and their gradients.
+            "all-to-all": places * (4 * token + 2 * item),
+        }
