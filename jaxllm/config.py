@@ -163,6 +163,17 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DistributedConfig:
+    """How long the processes of a run wait for each other."""
+
+    start_timeout_s: int = 300  # until all have started
+    heartbeat_timeout_s: int = 60  # without a sign of life, until a process is dead
+
+    def __post_init__(self):
+        check_positive(self, "distributed", "start_timeout_s heartbeat_timeout_s")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
     """Where metrics go besides metrics.jsonl."""
 
@@ -189,6 +200,9 @@ class Config:
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
+    distributed: DistributedConfig = dataclasses.field(
+        default_factory=DistributedConfig
+    )
 
     def __post_init__(self):
         if self.steps < 1:

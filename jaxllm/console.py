@@ -82,8 +82,8 @@ class Console:
         else:
             self._progress.console.print(text, markup=False, soft_wrap=True)
 
-    def take_logs(self) -> None:
-        """Shows what the library logs: information of ours, warnings of others."""
+    def take_logs(self, level: int = logging.INFO) -> None:
+        """Shows what the library logs: ours from a level on, warnings of others."""
         handler = _ConsoleHandler(self)
         handler.setFormatter(logging.Formatter("%(message)s"))
         handler.addFilter(
@@ -94,7 +94,7 @@ class Console:
         root = logging.getLogger()
         root.handlers = [handler]
         root.setLevel(logging.WARNING)
-        logging.getLogger("jaxllm").setLevel(logging.INFO)
+        logging.getLogger("jaxllm").setLevel(level)
 
     def _eta(self, step: int) -> str:
         """Returns the time left, by the steps since the first one shown here."""

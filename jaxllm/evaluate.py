@@ -15,7 +15,7 @@ import numpy as np
 from absl import flags as absl_flags
 
 import sharding
-from jaxllm import flags
+from jaxllm import distributed, flags
 from jaxllm.config import Config
 from jaxllm.data.batches import Batches, eval_batches
 from jaxllm.data.splits import check_vocab, open_splits
@@ -73,7 +73,10 @@ def main(argv: list[str]):
     del argv
     config, workdir = flags.config_from_flags(), flags.workdir_from_flags()
     which = read_step(absl_flags.FLAGS.step)
-    print(json.dumps(evaluate_run(workdir, config, which)))
+    distributed.join(config.distributed)
+    result = evaluate_run(workdir, config, which)
+    if distributed.is_lead():
+        print(json.dumps(result))
 
 
 if __name__ == "__main__":

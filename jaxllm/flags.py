@@ -12,12 +12,15 @@ of `--config` says. A program that uses these flags ends with
 import errno
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
 
+import jax
 from absl import app, flags
 
+from jaxllm import distributed
 from jaxllm.checkpoint import CheckpointError
 from jaxllm.config import Config, InputError
 from jaxllm.configfile import load_config, override
@@ -57,7 +60,10 @@ def run(main: Callable[[list[str]], int | None], *, positionals: bool = False):
             if explained := explain(cause):
                 status, message = explained
                 print(f"error: {message}", file=sys.stderr)
-                sys.exit(status)
+                distributed.leave(status)
+        if jax.distributed.is_initialized():
+            traceback.print_exception(error)
+            distributed.leave(FAILED)
         raise
 
 

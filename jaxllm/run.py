@@ -23,6 +23,7 @@ from jaxllm.data.splits import (
     describe_change,
     open_splits,
 )
+from jaxllm.distributed import Poll, describe, of_lead, on_lead
 from jaxllm.evaluate import evaluate, held_out
 from jaxllm.kernels import check_kernels
 from jaxllm.metrics import (
@@ -66,6 +67,7 @@ class Run:
     step: jax.stages.Compiled
     eval_step: jax.stages.Compiled | None
     check: jax.stages.Compiled
+    poll: Poll
     data: dict[str, Any]  # what made the batches; saved with every state
     first_step: int
     state: TrainState
@@ -210,7 +212,7 @@ def open_run(config: Config, workdir: Path, *, overwrite: bool) -> Iterator[Run 
     """
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
     setup = prepare(config, mesh)
-    report = f"{cost_report(setup)}\n{choices(setup)}"
+    report = f"{describe()}\n{cost_report(setup)}\n{choices(setup)}"
     check_loggers(config.logging)
     splits = open_splits(config.data, "train")
     check_vocab(splits, config.model.vocab_size)
@@ -218,10 +220,12 @@ def open_run(config: Config, workdir: Path, *, overwrite: bool) -> Iterator[Run 
     if config.eval.every:
         held_out(setup).close()  # refuses what is wrong with it now, not in an hour
     with contextlib.ExitStack() as stack:
-        stack.enter_context(claim(workdir, config, overwrite=overwrite))
+        on_lead(
+            lambda: stack.enter_context(claim(workdir, config, overwrite=overwrite))
+        )
         checkpoints = Checkpoints(workdir / CHECKPOINTS, config.checkpoint)
         stack.enter_context(checkpoints)
-        first_step = checkpoints.latest() or 0
+        first_step = of_lead(checkpoints.latest() or 0)
         if first_step == config.steps:
             _log.info("%s has finished its %d steps.", workdir, config.steps)
             yield None
@@ -230,8 +234,7 @@ def open_run(config: Config, workdir: Path, *, overwrite: bool) -> Iterator[Run 
         if config.kernels.self_check:
             check_kernels(config, mesh)
         state = _restore_or_init(setup, checkpoints, first_step, data)
-        write_config(workdir, config)
-        save_tokenizer(config.data.paths, workdir)
+        on_lead(lambda: _describe_run(workdir, config))
         batches = load_batches(
             config.data,
             splits,
@@ -257,6 +260,7 @@ def open_run(config: Config, workdir: Path, *, overwrite: bool) -> Iterator[Run 
                 _timed("evaluation", compile_eval, setup) if config.eval.every else None
             ),
             check=compile_check(setup),
+            poll=Poll(setup.mesh),
             data=data,
             first_step=first_step,
             state=state,
@@ -266,6 +270,11 @@ def open_run(config: Config, workdir: Path, *, overwrite: bool) -> Iterator[Run 
         except (GeneratorExit, KeyboardInterrupt):
             run.save_newest()
             raise
+
+
+def _describe_run(workdir: Path, config: Config):
+    write_config(workdir, config)
+    save_tokenizer(config.data.paths, workdir)
 
 
 def _restore_or_init(

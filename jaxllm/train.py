@@ -9,6 +9,7 @@ resumable, 1 anything else.
 
 import contextlib
 import dataclasses
+import logging
 import os
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 from absl import flags as absl_flags
 
 import sharding
-from jaxllm import flags
+from jaxllm import distributed, flags
 from jaxllm.compilation import use_compilation_cache
 from jaxllm.config import Config
 from jaxllm.console import Console
@@ -57,7 +58,7 @@ def train(
         # and data position of one instant. Metrics are read one step late, so that the
         # devices never wait for the host.
         for step in range(run.first_step, config.steps):
-            stop = should_stop()
+            stop = run.poll(should_stop())
             if due(step, config.eval.every):
                 yield from run.evaluate(step, state)
             if stop or due(step, config.checkpoint.every):
@@ -86,13 +87,14 @@ def main(argv: list[str]) -> int:
     del argv
     values = absl_flags.FLAGS
     config = flags.config_from_flags()
+    distributed.join(config.distributed)
     use_compilation_cache()
     if values.dry_run:
         print(dry_run(config))
         return flags.FINISHED
     workdir = flags.workdir_from_flags()
     with Console(config.steps) as console, stop_signals() as should_stop:
-        console.take_logs()
+        console.take_logs(logging.INFO if distributed.is_lead() else logging.WARNING)
         records = train(
             config, workdir, overwrite=values.overwrite, should_stop=should_stop
         )
@@ -101,11 +103,14 @@ def main(argv: list[str]) -> int:
             # down, it would be too late.
             with contextlib.closing(records):
                 for record in records:
-                    console.show(record)
+                    if distributed.is_lead():
+                        console.show(record)
         except Preempted as stop:
-            console.say(f"stopped at step {stop}; the same command goes on from there.")
+            if distributed.is_lead():
+                console.say(f"stopped at step {stop}; the same command goes on there.")
             return flags.RESUMABLE
-    print(f"finished: {workdir}")
+    if distributed.is_lead():
+        print(f"finished: {workdir}")
     return flags.FINISHED
 
 

@@ -22,7 +22,7 @@ LAYERS = (
     ("jaxllm.config",),
     ("jaxllm.presets", "jaxllm.settings", "jaxllm.compilation"),
     ("jaxllm.configfile", "jaxllm.console", "jaxllm.resilience"),
-    ("jaxllm.savedconfig",),
+    ("jaxllm.savedconfig", "jaxllm.distributed"),
     ("jaxllm.models", "jaxllm.data", "jaxllm.budget", "jaxllm.metrics"),
     ("jaxllm.muon", "jaxllm.optimizer", "jaxllm.loss", "jaxllm.workdir"),
     ("jaxllm.kernels",),
