@@ -81,12 +81,10 @@ def join(config: DistributedConfig) -> None:
 
 
 def describe() -> str:
-    """Returns how many processes and devices take part, as a line for the log."""
-    kind = jax.devices()[0].device_kind
-    return (
-        f"{jax.process_count()} process(es) with {jax.device_count()} devices in all, "
-        f"{jax.local_device_count()} of them here: {kind}"
-    )
+    """Returns how many processes and devices take part, as a line of the report."""
+    device, number = jax.devices()[0], jax.process_count()
+    processes = f"{number} processes" if number > 1 else "1 process"
+    return f"{'devices':<16} {jax.device_count()} {device.device_kind} in {processes}"
 
 
 def is_lead() -> bool:

@@ -24,10 +24,12 @@ from jaxllm.config import Config
 from jaxllm.console import Console
 from jaxllm.report import full_report
 from jaxllm.resilience.preemption import Preempted, stop_signals
-from jaxllm.run import open_run
+from jaxllm.startup import open_run
 from jaxllm.step import prepare
 
 Record = dict[str, Any]
+
+GOES_ON = "the same command goes on from there."
 
 
 def train(
@@ -107,7 +109,7 @@ def main(argv: list[str]) -> int:
                         console.show(record)
         except Preempted as stop:
             if distributed.is_lead():
-                console.say(f"stopped at step {stop}; the same command goes on there.")
+                console.say(f"stopped at step {stop}; {GOES_ON}")
             return flags.RESUMABLE
     if distributed.is_lead():
         print(f"finished: {workdir}")

@@ -25,7 +25,7 @@ from absl import flags as absl_flags
 
 from jaxllm import flags
 from jaxllm.config import CheckpointConfig, Config, EvalConfig, MeshConfig, ModelConfig
-from jaxllm.run import open_run
+from jaxllm.startup import open_run
 
 FOREVER = 10**9
 

@@ -28,10 +28,9 @@ from absl import flags as absl_flags
 
 import sharding
 from jaxllm import flags
-from jaxllm.checkpoint import Checkpoints
+from jaxllm.checkpoint import Checkpoints, find_steps
 from jaxllm.config import Config, InputError
 from jaxllm.metrics import FILE
-from jaxllm.savedsteps import find_steps
 from jaxllm.step import prepare
 from jaxllm.workdir import CHECKPOINTS
 

@@ -345,9 +345,9 @@ CASES = {
     ),
     "damaged checkpoint": Case(
         f"{RESUME} --config.steps=6",
-        ("run/checkpoints/4 cannot be read", "remove that folder", "step before"),
+        ("no step of", "can be read", "back from a copy", "another --workdir"),
         status=FAILED,
-        prepare=damage("run/checkpoints/4/state/**/*"),
+        prepare=damage("run/checkpoints/*/state/**/*"),
     ),
     # The directory of a run
     "workdir is a file": Case(

@@ -224,3 +224,92 @@ def test_nothing_is_printed_and_no_thread_stays(tmp_path, capfd, caplog):
     assert set(threading.enumerate()) <= before
     assert not caplog.records
     assert capfd.readouterr() == ("", "")
+
+
+def flip_a_bit(path: Path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def largest_file(folder: Path) -> Path:
+    return max(folder.rglob("*"), key=lambda p: p.stat().st_size * p.is_file())
+
+
+def big_state(step: int):
+    return {"params": {"w": jnp.full((64, 128), step / 7), "n": jnp.int32(step)}}
+
+
+def save_big(folder: Path, *steps: int) -> Checkpoints:
+    with Checkpoints(folder, ALL) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, big_state(step), {"step": step})
+    return Checkpoints(folder, ALL)
+
+
+def test_a_flipped_bit_is_never_restored(tmp_path):
+    checkpoints = save_big(tmp_path, 1)
+    flip_a_bit(largest_file(tmp_path / "1" / "state"))
+    with pytest.raises(CheckpointError, match=r"is damaged: 1 of 3 .* first params/w"):
+        checkpoints.restore(1, abstract(big_state(0)))
+    with pytest.raises(CheckpointError, match=r"is damaged: 1 of 2 .* first params/w"):
+        checkpoints.restore_params(1, abstract(big_state(0)["params"]))
+
+
+def test_a_changed_data_position_is_never_restored(tmp_path):
+    checkpoints = save_big(tmp_path, 1)
+    path = tmp_path / "1" / "data" / "data.json"
+    path.write_text(path.read_text().replace('"step": 1', '"step": 2'))
+    with pytest.raises(CheckpointError, match="first data"):
+        checkpoints.restore(1, abstract(big_state(0)))
+
+
+def test_the_newest_intact_step_wins_and_the_damaged_one_is_kept_aside(
+    tmp_path, caplog
+):
+    save_big(tmp_path, 1, 2, 3)
+    for step in (2, 3):
+        flip_a_bit(largest_file(tmp_path / str(step) / "state"))
+    with Checkpoints(tmp_path, ALL) as checkpoints:
+        step, state, data = checkpoints.restore_newest(abstract(big_state(0)))
+        assert (step, data) == (1, {"step": 1})
+        assert_same(state, big_state(1))
+        assert len([r for r in caplog.records if "is damaged" in r.getMessage()]) == 2
+        assert checkpoints.steps() == [1]
+        assert {p.name for p in tmp_path.iterdir()} == {"1", "2", "3"}  # as yet
+        checkpoints.save(2, big_state(2), {"step": 2})
+    assert {p.name for p in tmp_path.iterdir()} == {"1", "2", "2.damaged", "3.damaged"}
+    assert_same(
+        Checkpoints(tmp_path, ALL).restore(2, abstract(big_state(0)))[0], big_state(2)
+    )
+
+
+def test_a_run_whose_saves_are_all_damaged_is_not_begun_anew(tmp_path):
+    checkpoints = save_big(tmp_path, 1)
+    flip_a_bit(largest_file(tmp_path / "1" / "state"))
+    with pytest.raises(CheckpointError, match=r"no step of .* can be read"):
+        checkpoints.restore_newest(abstract(big_state(0)))
+
+
+def test_a_save_without_checksums_is_read_with_a_warning(tmp_path, caplog):
+    checkpoints = save_big(tmp_path, 1)
+    path = tmp_path / "1" / "data" / "data.json"
+    path.write_text('{"step": 1}')
+    state, data = checkpoints.restore(1, abstract(big_state(0)))
+    assert data == {"step": 1}
+    assert_same(state, big_state(1))
+    assert "no checksums" in caplog.text
+
+
+def test_the_verify_command_names_the_damaged_step(tmp_path, run_command):
+    save_big(tmp_path / "run" / "checkpoints", 1, 2)
+    good = run_command(["checkpoint", "verify", str(tmp_path / "run")], tmp_path)
+    assert good.status == 0
+    assert good.stdout.count("2 arrays") == 2
+    flip_a_bit(largest_file(tmp_path / "run" / "checkpoints" / "2" / "state"))
+    bad = run_command(["checkpoint", "verify", str(tmp_path / "run")], tmp_path)
+    assert bad.status == 1
+    assert "checkpoints/1: 2 arrays" in bad.stdout
+    assert "is damaged: 1 of 1" in bad.stdout
+    wrong = run_command(["checkpoint", "verify", str(tmp_path / "none")], tmp_path)
+    assert wrong.status == 2

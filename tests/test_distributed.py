@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from jaxllm.checkpoint import find_steps
 from jaxllm.config import Config, InputError
 from jaxllm.distributed import Launch, find_launch, local_devices
-from jaxllm.savedsteps import find_steps
 
 HAND = {"JAXLLM_COORDINATOR": "a:1", "JAXLLM_NUM_PROCESSES": "4"}
 STEP = {

@@ -165,6 +165,9 @@ def test_the_readme_lists_every_command():
         f"python -m jaxllm.{path.stem}"
         for path in (ROOT / "jaxllm").glob("*.py")
         if '\nif __name__ == "__main__":' in path.read_text()
+    } | {
+        f"python -m jaxllm.{path.parent.name}"
+        for path in (ROOT / "jaxllm").glob("*/__main__.py")
     }
     assert set(_first_column(ROOT / "README.md", "command")) == programs
 

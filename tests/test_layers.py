@@ -26,12 +26,14 @@ LAYERS = (
     ("jaxllm.models", "jaxllm.data", "jaxllm.budget", "jaxllm.metrics"),
     ("jaxllm.muon", "jaxllm.optimizer", "jaxllm.loss", "jaxllm.workdir"),
     ("jaxllm.kernels",),
-    ("jaxllm.savedsteps", "jaxllm.step", "jaxllm.checkpoint"),
+    ("jaxllm.step", "jaxllm.checkpoint"),
     ("jaxllm.savedrun", "jaxllm.sampling", "jaxllm.report"),
     ("jaxllm.flags",),
     ("jaxllm.evaluate", "jaxllm.generate"),
     ("jaxllm.run",),
+    ("jaxllm.startup",),
     ("jaxllm.train", "jaxllm.tokenize", "jaxllm.compare_meshes"),
+    ("jaxllm.checkpoint.__main__",),
 )
 STANDARD_LIBRARY_ONLY = (
     *("jaxllm.errors", "jaxllm.checks", "jaxllm.modelconfig", "jaxllm.config"),
@@ -114,8 +116,15 @@ def within(name: str, places: tuple[str, ...]) -> bool:
 
 
 def layer(name: str) -> int:
-    (found,) = [i for i, names in enumerate(LAYERS) if within(name, names)]
-    return found
+    """Returns the layer of the most specific name that covers a module."""
+    covering = [
+        (len(each), i)
+        for i, names in enumerate(LAYERS)
+        for each in names
+        if within(name, (each,))
+    ]
+    assert covering, f"{name} is in no layer"
+    return max(covering)[1]
 
 
 @every_module

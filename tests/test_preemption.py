@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from jaxllm.checkpoint import find_steps
 from jaxllm.configfile import config_to_dict
 from jaxllm.resilience.preemption import stop_signals
-from jaxllm.savedsteps import find_steps
 
 RESUMABLE = 75
 COMMAND = [

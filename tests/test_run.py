@@ -16,7 +16,7 @@ import pytest
 import sharding
 from jaxllm.config import InputError
 from jaxllm.configfile import config_to_dict
-from jaxllm.run import open_run
+from jaxllm.startup import open_run
 from sharding import ShardingError
 
 FINISHED, FAILED, WRONG_INPUT = 0, 1, 2
@@ -41,7 +41,8 @@ def test_a_command_trains_says_how_it_goes_and_ends_with_0(folder, run_command):
     ended = run_command("train --config run.py --workdir run", folder)
     assert (ended.status, ended.stderr) == (FINISHED, "")
     said = ended.stdout.splitlines()
-    assert said[0].startswith("parameters ")
+    assert said[0].split() == ["devices", "1", "cpu", "in", "1", "process"]
+    assert said[1].startswith("parameters ")
     assert sum(line.startswith("attention: xla (auto: ") for line in said) == 1
     assert sum(line.startswith("compiled the step in ") for line in said) == 1
     assert [line.split()[1] for line in said if line.startswith("step ")] == (

@@ -7,6 +7,7 @@ copy or a removal was interrupted. Here it also needs all of `_PARTS`.
 """
 
 import logging
+from collections.abc import Collection
 from pathlib import Path
 
 from jaxllm.config import InputError
@@ -38,15 +39,22 @@ def find_steps(folder: Path) -> tuple[list[int], dict[Path, str]]:
     return sorted(whole), faults
 
 
-def set_aside(folder: Path) -> None:
-    """Renames what looks like a step and is not whole, so that nothing counts it."""
+def set_aside(folder: Path, damaged: Collection[int] = ()) -> None:
+    """Renames what looks like a step and is none, so that nothing counts it.
+
+    Args:
+      damaged: steps that are whole, but not as they were saved.
+    """
     for path in _list(folder):
-        if _is_step(path) and _missing_parts(path):
-            aside = path.with_name(f"{path.name}.incomplete")
+        if not _is_step(path):
+            continue
+        fault = "damaged" if int(path.name) in damaged else "incomplete"
+        if fault == "damaged" or _missing_parts(path):
+            aside = path.with_name(f"{path.name}.{fault}")
             while aside.exists():
                 aside = aside.with_name(f"{aside.name}+")
             path.rename(aside)
-            _log.warning("%s is not a whole checkpoint; it is now %s.", path, aside)
+            _log.warning("%s is %s; it is now %s.", path, fault, aside)
 
 
 def _list(folder: Path) -> list[Path]:

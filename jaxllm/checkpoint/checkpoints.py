@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Saves and restores the training state and its data position, both or neither.
 
-The only module that knows Orbax. `<folder>/<step>/` holds `state/` (arrays), `data/`
+`<folder>/<step>/` holds `state/` (arrays), `data/`
 and, where given, `metrics/` (JSON); it appears at once, when all of it is written.
+`data/` has the checksums of all of it, which every read compares.
 """
 
 import contextlib
@@ -17,14 +18,18 @@ import jax
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from jaxllm.checkpoint.errors import CheckpointError, reason
+from jaxllm.checkpoint.reading import (
+    orbax_context,
+    read_json,
+    read_params,
+    read_step,
+    with_checksums,
+)
+from jaxllm.checkpoint.steps import find_steps, set_aside
 from jaxllm.config import CheckpointConfig, InputError
-from jaxllm.savedsteps import find_steps, set_aside
 
 _log = logging.getLogger(__name__)
-
-
-class CheckpointError(OSError):
-    """A checkpoint cannot be written or read; the message says what to do."""
 
 
 class Checkpoints:
@@ -36,6 +41,7 @@ class Checkpoints:
         self._writer: ocp.training.Checkpointer | None = None  # made by the first save
         self._pending: tuple[int, ocp.AsyncResponse[bool]] | None = None
         self._warned: set[Path] = set()
+        self._damaged: set[int] = set()  # steps that were read, and not as saved
         logging.getLogger("absl").addFilter(_is_worth_reading)
 
     def __enter__(self) -> Self:
@@ -55,7 +61,7 @@ class Checkpoints:
         for path in faults.keys() - self._warned:
             _log.warning("%s %s; it is ignored.", path, faults[path])
         self._warned |= faults.keys()
-        return steps
+        return [step for step in steps if step not in self._damaged]
 
     def latest(self) -> int | None:
         """Returns the newest whole step."""
@@ -90,7 +96,8 @@ class Checkpoints:
                 f"{saved[-1]}: a resume would not see it. Rename or remove the newer "
                 "steps, or give another --workdir."
             )
-        items = {"state": state, "data": json.loads(json.dumps(data))}
+        data = with_checksums(state, json.loads(json.dumps(data)))
+        items = {"state": state, "data": data}
         with self._writing(step, OSError), jax.transfer_guard("allow"):
             if self._writer is None:
                 self._writer = self._open()
@@ -130,16 +137,32 @@ class Checkpoints:
             that saved. Without a sharding an array goes to the first local device.
             Structure, shapes and dtypes must be those of the checkpoint.
         """
-        folder = self._whole(step)
-        self._check_fit(folder, abstract_state)
-        data = _read_json(folder, "data/data.json")
-        return self._load(folder, abstract_state), data
+        return read_step(self._whole(step), abstract_state)
+
+    def restore_newest(self, abstract_state: Any) -> tuple[int, Any, dict[str, Any]]:
+        """Returns the newest step that is as it was saved, its state and its data.
+
+        One that is not is left out from now on, with a warning; the next save renames
+        it. Raises CheckpointError if no step can be read: nothing is begun anew.
+        """
+        errors = []
+        for step in reversed(self.steps()):
+            try:
+                return step, *self.restore(step, abstract_state)
+            except CheckpointError as error:
+                if isinstance(error.__cause__, PermissionError):
+                    raise
+                _log.warning("%s", error)
+                errors.append(str(error))
+                self._damaged.add(step)
+        raise CheckpointError(
+            f"no step of {self._folder} can be read; put one back from a copy, or give "
+            f"another --workdir. The oldest: {errors[-1]}"
+        )
 
     def restore_params(self, step: int, abstract_params: Any) -> Any:
         """Returns the parameters of `step`, without reading the optimizer state."""
-        folder, state = self._whole(step), {"params": abstract_params}
-        self._check_fit(folder, state, within="params/")
-        return self._load(folder, state)["params"]
+        return read_params(self._whole(step), abstract_params)
 
     def _whole(self, step: int) -> Path:
         if step not in (steps := self.steps()):
@@ -151,7 +174,7 @@ class Checkpoints:
 
     def _open(self) -> ocp.training.Checkpointer:
         if jax.process_index() == 0:
-            set_aside(self._folder)
+            set_aside(self._folder, self._damaged)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("jaxllm.checkpoint")
         policies, config = ocp.training.preservation_policies, self._config
@@ -162,7 +185,7 @@ class Checkpoints:
             kept.append(_KeepBest())
         return ocp.training.Checkpointer(
             str(self._folder),
-            context=_context(),
+            context=orbax_context(),
             preservation_policy=policies.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=True,
         )
@@ -177,33 +200,7 @@ class Checkpoints:
     def _eval_loss(self, step: int) -> float | None:
         folder = self._folder / str(step)
         has_metrics = (folder / "metrics").exists()
-        return _loss_in(_read_json(folder, "metrics/metrics")) if has_metrics else None
-
-    def _load(self, folder: Path, abstract_state: Any) -> Any:
-        with _reading(folder), jax.transfer_guard("allow"), _context():
-            return ocp.load(
-                str(folder), _placed(abstract_state), checkpointable_name="state"
-            )
-
-    def _check_fit(self, folder: Path, abstract: Any, *, within: str = "") -> None:
-        with _reading(folder), _context():
-            metadata = ocp.metadata(str(folder), checkpointable_name="state").metadata
-            if metadata is None:  # what Orbax returns after a warning
-                raise ValueError("no description of its arrays")
-        saved, wanted = _describe(metadata), _describe(abstract)
-        faults = [
-            f"{name} is {saved.get(name, 'absent')} there, "
-            f"and {wanted.get(name, 'absent')} here"
-            for name in sorted(saved.keys() | wanted.keys())
-            if name.startswith(within) and saved.get(name) != wanted.get(name)
-        ]
-        if faults:
-            shown = "\n  ".join(faults[:8] + ["..."] * (len(faults) > 8))
-            raise InputError(
-                f"{folder} does not fit the model or optimizer of this config, in "
-                f"{len(faults)} arrays:\n  {shown}\nUse the config that the run was "
-                "started with, or give another --workdir."
-            )
+        return _loss_in(read_json(folder, "metrics/metrics")) if has_metrics else None
 
     @contextlib.contextmanager
     def _writing(self, step: int, kind: type[Exception]) -> Iterator[None]:
@@ -212,29 +209,9 @@ class Checkpoints:
         except kind as error:
             raise CheckpointError(
                 f"Step {step} could not be saved into {self._folder} "
-                f"({_reason(error)}). What was saved before is untouched: make room or "
+                f"({reason(error)}). What was saved before is untouched: make room or "
                 "the folder writable, and the same command resumes from there."
             ) from error
-
-
-def _read_json(folder: Path, name: str) -> dict[str, Any]:
-    with _reading(folder):
-        return json.loads((folder / name).read_text(encoding="utf-8"))
-
-
-@contextlib.contextmanager
-def _reading(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        raise CheckpointError(
-            f"{folder} cannot be read ({_reason(error)}). If it is damaged, rename or "
-            "remove that folder: the same command resumes from the step before it."
-        ) from error
-
-
-def _reason(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 class _KeepBest:
@@ -258,39 +235,6 @@ def _best(losses: Mapping[int, float | None]) -> int | None:
         if loss is not None and math.isfinite(loss)
     }
     return min(finite, key=lambda step: (finite[step], -step), default=None)
-
-
-def _context() -> ocp.Context:
-    context = ocp.Context()
-    # Float32 weights shrink by 8 % only, for twice the time of a save.
-    context.array.saving.use_compression = False
-    context.array.saving.enable_write_sharding_file = False  # read by nobody here
-    context.pytree.loading.partial_load = True  # strict all the same, by `_check_fit`
-    registry = ocp.handlers.local_registry()
-    registry.add(ocp.handlers.JsonHandler, checkpointable_name="data")
-    context.checkpointables.registry = registry
-    return context
-
-
-def _describe(tree: Any) -> dict[str, str]:
-    """Returns what each array of a tree is, like {"params/embed": "float32[8, 4]"}."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): (
-            f"{leaf.dtype}{list(leaf.shape)}"
-        )
-        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-    }
-
-
-def _placed(abstract: Any) -> Any:
-    """Returns `abstract` with a sharding for every array."""
-    single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=leaf.sharding or single
-        ),
-        abstract,
-    )
 
 
 def _is_worth_reading(record: logging.LogRecord) -> bool:
