@@ -8,6 +8,7 @@ import jax
 
 import pallas_kernels
 from jaxllm.config import Config, InputError
+from jaxllm.models.experts import ROWS_MULTIPLE
 from pallas_kernels import self_check
 from pallas_kernels.choice import Choice
 from pallas_kernels.grouped_matmul import choose_grouped_matmul
@@ -59,7 +60,7 @@ def choose_kernels(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Choice]
             width = model.d_ff_expert // mesh.shape["tensor"]
             shape = (num_experts, model.d_model, width)
             chosen["grouped_matmul of experts"] = choose_grouped_matmul(
-                jax.ShapeDtypeStruct((1, model.d_model), model.dtype),
+                jax.ShapeDtypeStruct((ROWS_MULTIPLE, model.d_model), model.dtype),
                 jax.ShapeDtypeStruct(shape, model.dtype),
                 kernels.grouped_matmul,
             )

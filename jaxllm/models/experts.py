@@ -31,6 +31,7 @@ from jaxllm.models.dispatch import sort_rows
 from pallas_kernels.grouped_matmul import grouped_matmul
 
 LETTERS = {"up": "EDF", "gate": "EDF", "down": "EFD"}
+ROWS_MULTIPLE = 8  # of rows that a kernel takes; those of one token may be fewer
 ROUTED = ("BTD", "BTA", "BTA")
 
 
@@ -122,6 +123,9 @@ def _gathered(weights, dtype):
 
 def _mlp(experts, rows, share, sizes, weights):
     """Returns the output of each row's expert, times its share."""
+    num_rows = rows.shape[0]
+    spare = -num_rows % ROWS_MULTIPLE
+    rows, share = jnp.pad(rows, ((0, spare), (0, 0))), jnp.pad(share, (0, spare))
     product = functools.partial(
         grouped_matmul,
         group_sizes_E=sizes,
@@ -137,7 +141,7 @@ def _mlp(experts, rows, share, sizes, weights):
         hidden = hidden * (jax.nn.silu if swiglu else jax.nn.gelu)(gate)
     # Here and not on the output: its gradient then needs no output made again.
     hidden = hidden * share[:, None].astype(wide)
-    return product(hidden.astype(rows.dtype), weights["down"])
+    return product(hidden.astype(rows.dtype), weights["down"])[:num_rows]
 
 
 def _mlp_backward(experts, rows, share, sizes, weights, dout):
