@@ -102,6 +102,13 @@ def check_kernels(config: Config, mesh: jax.sharding.Mesh) -> None:
                 softcap=model.logit_softcap,
                 z_loss=config.loss.z_loss,
             )
+        if chosen.get("grouped_matmul of experts", "xla") != "xla":
+            self_check.check_grouped_matmul(
+                chosen["grouped_matmul of experts"],
+                model.dtype,
+                width=model.d_model,
+                num_columns=model.d_ff_expert // mesh.shape["tensor"],
+            )
 
 
 def _words_of_a_device(config: Config, mesh: jax.sharding.Mesh) -> int:

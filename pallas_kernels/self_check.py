@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.attention import attention
 from pallas_kernels.cross_entropy import linear_cross_entropy
+from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.norm import layer_norm, rms_norm
 from pallas_kernels.target import current_target
 
@@ -127,6 +128,33 @@ def check_cross_entropy(
         return terms._asdict()
 
     _compare("linear_cross_entropy", implementation, run, (x_TD, w))
+
+
+def check_grouped_matmul(
+    implementation: str, dtype: str, *, width: int, num_columns: int
+) -> None:
+    """Checks 200 rows of four groups, of which one is empty and the last rows are none.
+
+    Args:
+      width: of the rows.
+      num_columns: of the matrices; at most 1024 of them are taken.
+
+    Raises:
+      KernelMismatch: says what is off, and by how much.
+    """
+    columns = min(num_columns, 1024)
+    x_TD, cotangent_TF = _draw(dtype, (200, width), (200, columns))
+    (w_EDF,) = _draw("float32", (4, width, columns))
+    w_EDF = (w_EDF * width**-0.5).astype(dtype)
+    sizes_E = jnp.array([37, 0, 101, 40], jnp.int32)
+
+    def run(implementation, x_TD, w_EDF, cotangent_TF):
+        def product(x_TD, w_EDF):
+            return grouped_matmul(x_TD, w_EDF, sizes_E, implementation=implementation)
+
+        return _with_gradients(product, (x_TD, w_EDF), cotangent_TF)
+
+    _compare("grouped_matmul", implementation, run, (x_TD, w_EDF, cotangent_TF))
 
 
 def _with_gradients(function: Callable, inputs: tuple, cotangents: Any) -> dict:

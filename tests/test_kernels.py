@@ -46,6 +46,18 @@ def test_auto_takes_our_kernels_where_they_can_run(mesh):
     assert taken(mesh, model__qk_norm=True)["norm of heads"][0] == "mosaic"
 
 
+def test_experts_take_the_grouped_matmul(mesh):
+    experts = dict(model__moe__num_experts=4, model__moe__d_ff_expert=128)
+    assert taken(mesh, **experts)["grouped_matmul of experts"][0] == "mosaic"
+    narrow = dict(model__moe__d_ff_expert=64)
+    choices = taken(mesh, **experts | narrow)
+    implementation, reason = choices["grouped_matmul of experts"]
+    assert implementation == "xla"
+    assert "widths 128 and 32" in reason
+    with pytest.raises(InputError, match=r"kernels\.grouped_matmul=mosaic: "):
+        taken(mesh, **experts | dict(kernels__grouped_matmul="mosaic", **narrow))
+
+
 @pytest.mark.parametrize(
     ("changes", "operation", "reason"),
     [

@@ -27,6 +27,7 @@ def wrong_norm(monkeypatch):
 def test_checks_pass_where_there_is_nothing_wrong():
     with mosaic.interpret():
         self_check.check_norm("mosaic", "bfloat16", kind="layernorm", width=64)
+        self_check.check_grouped_matmul("mosaic", "bfloat16", width=64, num_columns=64)
     # Other kernels have tests of their own; here, that what is compared is the same.
     for packed in (False, True):
         self_check.check_attention(
