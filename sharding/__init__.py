@@ -3,6 +3,7 @@
 
 from sharding.alphabet import LETTERS
 from sharding.arrays import (
+    add_products,
     axes_of,
     constrain,
     einsum,
@@ -29,6 +30,7 @@ __all__ = [
     "Row",
     "ShardingError",
     "abstract_mesh",
+    "add_products",
     "axes_of",
     "bill",
     "constrain",

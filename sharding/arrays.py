@@ -54,6 +54,33 @@ def einsum(
     )
 
 
+def add_products(*products: tuple[str, jax.Array, jax.Array]) -> jax.Array:
+    """Returns the sum of contractions to the same letters, by one sum over devices.
+
+    Each device adds up its own parts of all products first.
+
+    Args:
+      products: subscripts and operands as for `einsum`.
+    """
+    letters = {subscripts.partition("->")[2] for subscripts, _, _ in products}
+    axes = {_contracted_axes(subscripts) for subscripts, _, _ in products}
+    assert len(letters) == len(axes) == 1, "parts of different sums"
+    target = out_sharding(letters.pop())
+    own = None if target is None else jax.P(*target, unreduced=axes.pop())
+    first, *rest = [
+        jnp.einsum(subscripts, x, y, out_sharding=own) for subscripts, x, y in products
+    ]
+    total = sum(rest, first)
+    return total if target is None else jax.sharding.reshard(total, target)
+
+
+def _contracted_axes(subscripts: str) -> frozenset[str]:
+    """Returns the mesh axes along which devices have parts of a contraction's sum."""
+    ins, _, out = subscripts.partition("->")
+    summed = set(ins.replace(",", "")) - set(out)
+    return frozenset(axis for letter in summed for axis in axes_of(letter))
+
+
 def constrain(x: jax.Array, letters: str, table: Table = COMPUTE) -> jax.Array:
     """Returns x placed as table says, moving data where it is not there yet."""
     target = out_sharding(letters, table)

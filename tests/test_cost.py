@@ -3,9 +3,8 @@
 
 The expected numbers follow from the design, by the number of matrices and norms of a
 layer. A difference is either a mistake or a new design: then say so in DESIGN and here.
-Two things are what XLA does on CPUs, and were not looked at on GPUs: gradients of
-layers are reduced whole and then cut, which could be one reduce-scatter; and the parts
-of an activation's gradient are reduced one by one, which could be added up first.
+One thing is what XLA does on CPUs, and was not looked at on GPUs: gradients of
+layers are reduced whole and then cut, which could be one reduce-scatter.
 """
 
 import collections
@@ -151,8 +150,8 @@ def test_computing_a_layer_again_gathers_its_weights_no_third_time(remat, layer)
 def test_tensor_parallel_steps_reduce_activations_where_a_sum_is_cut(setups, steps):
     assert activations(setups, steps) == {
         "forward all-reduce": 2,  # after attention and after the MLP
-        # Before them: from query, key and value, and from up and gate.
-        "backward all-reduce": 3 + 2,
+        # Before them: query, key and value add theirs up first, as up and gate do.
+        "backward all-reduce": 2,
         "all-reduce": 1,  # the embedding's rows
         # Largest logit, sum of exponentials, target's logit; gradient of x.
         "loss all-reduce": 3 + 1,

@@ -9,7 +9,7 @@ import pytest
 import sharding
 from jaxllm import presets
 from jaxllm.models import Model
-from jaxllm.models.parameters import embed, matrix, project
+from jaxllm.models.parameters import embed, matrix, project, project_all
 
 MESH_SIZES = [{}, dict(data=2, fsdp=2, tensor=2), dict(fsdp=8)]
 
@@ -107,6 +107,45 @@ def test_project_has_the_value_and_gradients_of_a_plain_contraction(sizes, dtype
     rounded = np.einsum("BTNH,DNH->BTD", dy, w).astype(dtype)
     np.testing.assert_array_equal(dx.astype(jnp.float32), rounded.astype(np.float32))
     np.testing.assert_array_equal(dw, np.einsum("BTD,BTNH->DNH", x, dy))
+
+
+@pytest.mark.parametrize("rematted", [False, True])
+@pytest.mark.parametrize("sizes", MESH_SIZES)
+def test_project_all_adds_up_the_gradients_of_x(sizes, rematted):
+    mesh = sharding.make_mesh(sizes, jax.devices()[: 8 if sizes else 1])
+    x, weights = whole((8, 4, 16), 0), (whole((16, 4, 2), 1), whole((16, 2, 2), 2))
+    dys = whole((8, 4, 4, 2), 3), whole((8, 4, 2, 2), 4)
+    subscripts = "BTD,DNH,DKH->BTNH,BTKH"
+
+    def pull(x, weights, dys):
+        def run(x, weights):
+            return project_all(subscripts, x, weights, rematted)
+
+        ys, back = jax.vjp(run, x, weights)
+        return ys, back(dys)
+
+    letters, out_letters = ("DNH", "DKH"), ("BTNH", "BTKH")
+    with jax.set_mesh(mesh):
+        ys, (dx, dweights) = jax.jit(pull)(
+            put(x, "BTD", sharding.COMPUTE, mesh),
+            tuple(
+                put(w, axes, sharding.STORAGE, mesh)
+                for w, axes in zip(weights, letters, strict=True)
+            ),
+            tuple(
+                put(dy, axes, sharding.COMPUTE, mesh)
+                for dy, axes in zip(dys, out_letters, strict=True)
+            ),
+        )
+    parts = []
+    for w, axes, dy, out, y, dw in zip(
+        weights, letters, dys, out_letters, ys, dweights, strict=True
+    ):
+        np.testing.assert_array_equal(y, np.einsum(f"BTD,{axes}->{out}", x, w))
+        np.testing.assert_array_equal(dw, np.einsum(f"BTD,{out}->{axes}", x, dy))
+        assert dw.sharding.spec == sharding.spec(axes, sharding.STORAGE, mesh)
+        parts.append(np.einsum(f"{out},{axes}->BTD", dy, w))
+    np.testing.assert_array_equal(dx, sum(parts))
 
 
 @pytest.mark.parametrize("sizes", MESH_SIZES)

@@ -16,7 +16,7 @@ FILES = [
     for package in ("sharding", "pallas_kernels", "jaxllm")
     for path in sorted((ROOT / package).rglob("*.py"))
 ]
-CONTRACTIONS = {"einsum", "project", "_project", "_matmul"}
+CONTRACTIONS = {"einsum", "project", "project_all", "_matmul"}
 UNKNOWN = "?"  # a part of an f-string
 
 

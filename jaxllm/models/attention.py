@@ -10,7 +10,7 @@ import pallas_kernels
 import sharding
 from jaxllm.config import KernelsConfig, ModelConfig
 from jaxllm.models.norms import HeadNorm
-from jaxllm.models.parameters import add_bias, matrix, project, vector
+from jaxllm.models.parameters import add_bias, matrix, project, project_all, vector
 
 Cache = dict[str, jax.Array]  # of one layer: "key" and "value", BSKH
 
@@ -22,6 +22,7 @@ class Attention(nnx.Module):
         self, config: ModelConfig, kernels: KernelsConfig, window: int, key: jax.Array
     ):
         self.config, self.kernels, self.window = config, kernels, window
+        self.rematted = config.remat != "none"
         d, n, k, h = (
             config.d_model,
             config.num_heads,
@@ -63,18 +64,18 @@ class Attention(nnx.Module):
                 "value": _write(cache["value"], v_BTKH, positions_BT),
             }
             out_BTNH = self._attend_cached(q_BTNH, cache, positions_BT)
-        out_BTD = self._project("BTNH,NHD->BTD", out_BTNH, self.out[...])
+        out_BTD = project("BTNH,NHD->BTD", out_BTNH, self.out[...], self.rematted)
         if self.config.bias == "all":
             out_BTD = add_bias(out_BTD, self.out_bias[...], "D")
         return checkpoint_name(out_BTD, "attention_out"), cache
 
-    def _project(self, subscripts: str, x: jax.Array, w: jax.Array) -> jax.Array:
-        return project(subscripts, x, w, self.config.remat != "none")
-
     def _heads(self, x_BTD, positions_BT):
-        q_BTNH = self._project("BTD,DNH->BTNH", x_BTD, self.query[...])
-        k_BTKH = self._project("BTD,DKH->BTKH", x_BTD, self.key[...])
-        v_BTKH = self._project("BTD,DKH->BTKH", x_BTD, self.value[...])
+        q_BTNH, k_BTKH, v_BTKH = project_all(
+            "BTD,DNH,DKH,DKH->BTNH,BTKH,BTKH",
+            x_BTD,
+            (self.query[...], self.key[...], self.value[...]),
+            self.rematted,
+        )
         if self.config.bias != "none":
             q_BTNH = add_bias(q_BTNH, self.query_bias[...], "NH")
             k_BTKH = add_bias(k_BTKH, self.key_bias[...], "KH")

@@ -6,7 +6,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxllm.config import ModelConfig
-from jaxllm.models.parameters import add_bias, matrix, project, vector
+from jaxllm.models.parameters import add_bias, matrix, project, project_all, vector
 
 
 class MLP(nnx.Module):
@@ -28,24 +28,26 @@ class MLP(nnx.Module):
                 self.gate_bias = vector(0.0, (f,), "F")
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        biased = self.config.bias == "all"
-        h_BTF = self._project("BTD,DF->BTF", x_BTD, self.up[...])
+        biased, rematted = self.config.bias == "all", self.config.remat != "none"
+        gate_BTF = None
+        if self.config.mlp == "gelu":
+            h_BTF = project("BTD,DF->BTF", x_BTD, self.up[...], rematted)
+        else:
+            weights = self.up[...], self.gate[...]
+            subscripts = "BTD,DF,DF->BTF,BTF"
+            h_BTF, gate_BTF = project_all(subscripts, x_BTD, weights, rematted)
         if biased:
             h_BTF = add_bias(h_BTF, self.up_bias[...], "F")
         h_BTF = checkpoint_name(h_BTF, "up")
-        if self.config.mlp == "gelu":
+        if gate_BTF is None:
             h_BTF = jax.nn.gelu(h_BTF)
         else:
-            gate_BTF = self._project("BTD,DF->BTF", x_BTD, self.gate[...])
             if biased:
                 gate_BTF = add_bias(gate_BTF, self.gate_bias[...], "F")
             gate_BTF = checkpoint_name(gate_BTF, "gate")
             swiglu = self.config.mlp == "swiglu"
             h_BTF = h_BTF * (jax.nn.silu if swiglu else jax.nn.gelu)(gate_BTF)
-        out_BTD = self._project("BTF,FD->BTD", h_BTF, self.down[...])
+        out_BTD = project("BTF,FD->BTD", h_BTF, self.down[...], rematted)
         if biased:
             out_BTD = add_bias(out_BTD, self.down_bias[...], "D")
         return checkpoint_name(out_BTD, "mlp_out")
-
-    def _project(self, subscripts: str, x: jax.Array, w: jax.Array) -> jax.Array:
-        return project(subscripts, x, w, self.config.remat != "none")

@@ -46,54 +46,88 @@ def stack(make: Callable[[jax.Array], nnx.Module], keys: jax.Array) -> nnx.Modul
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def project(
     subscripts: str, x: jax.Array, w: jax.Array, rematted: bool = False
 ) -> jax.Array:
-    """Multiplies activations by a parameter, which is gathered for this use only.
+    """Multiplies activations by one parameter: `project_all` of a single one."""
+    return project_all(subscripts, x, (w,), rematted)[0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def project_all(
+    subscripts: str,
+    x: jax.Array,
+    weights: tuple[jax.Array, ...],
+    rematted: bool = False,
+) -> tuple[jax.Array, ...]:
+    """Multiplies activations by each parameter, which is gathered for this use only.
 
     The backward pass gathers it again instead of keeping it, and adds up the
     parameter's gradient in float32 whatever the dtype of x: products leave the matmul
-    as float32 and are reduced over the batch as float32, straight into STORAGE.
+    as float32 and are reduced over the batch as float32, straight into STORAGE. The
+    gradient of x is the sum over all parameters before it is added up over devices:
+    once, where separate calls would do so each (Shoeybi et al., arXiv:1909.08053).
 
     Args:
-      subscripts: "x letters,w letters->out letters".
+      subscripts: "x letters,w letters,...->out letters,...", as many as weights.
       x: placed by COMPUTE; its dtype is the matmul's.
-      w: float32, placed by STORAGE.
+      weights: float32, placed by STORAGE.
       rematted: the call is inside `jax.checkpoint`, whose second forward pass gathers
         already: its backward pass then takes that, instead of a third gather.
     """
-    return _project_forward(subscripts, x, w, rematted)[0]
+    return _project_forward(subscripts, x, weights, rematted)[0]
 
 
-def _project_forward(subscripts, x, w, rematted):
-    _, w_letters, _ = _letters(subscripts)
-    w_used = sharding.gather(w, w_letters, x.dtype)
-    return sharding.einsum(subscripts, x, w_used), (x, w_used if rematted else w)
-
-
-def _project_backward(subscripts, rematted, saved, dy):
-    x, w = saved
-    x_letters, w_letters, y_letters = _letters(subscripts)
-    w_used = w if rematted else sharding.gather(w, w_letters, x.dtype)
-    dx = sharding.einsum(f"{y_letters},{w_letters}->{x_letters}", dy, w_used)
-    dw = sharding.einsum(
-        f"{x_letters},{y_letters}->{w_letters}",
-        x,
-        dy,
-        table=sharding.STORAGE,
-        dtype=jnp.float32,
+def _project_forward(subscripts, x, weights, rematted):
+    x_letters, each = _letters(subscripts, len(weights))
+    used = _gather_all(each, weights, x.dtype)
+    outs = tuple(
+        sharding.einsum(f"{x_letters},{w_letters}->{y_letters}", x, w)
+        for (w_letters, y_letters), w in zip(each, used, strict=True)
     )
-    return dx, dw
+    return outs, (x, used if rematted else weights)
 
 
-project.defvjp(_project_forward, _project_backward)
+def _project_backward(subscripts, rematted, saved, dys):
+    x, weights = saved
+    x_letters, each = _letters(subscripts, len(weights))
+    used = weights if rematted else _gather_all(each, weights, x.dtype)
+    dx = sharding.add_products(
+        *(
+            (f"{y_letters},{w_letters}->{x_letters}", dy, w)
+            for (w_letters, y_letters), dy, w in zip(each, dys, used, strict=True)
+        )
+    )
+    dweights = tuple(
+        sharding.einsum(
+            f"{x_letters},{y_letters}->{w_letters}",
+            x,
+            dy,
+            table=sharding.STORAGE,
+            dtype=jnp.float32,
+        )
+        for (w_letters, y_letters), dy in zip(each, dys, strict=True)
+    )
+    return dx, dweights
 
 
-def _letters(subscripts: str) -> tuple[str, str, str]:
-    inputs, _, y_letters = subscripts.partition("->")
-    x_letters, _, w_letters = inputs.partition(",")
-    return x_letters, w_letters, y_letters
+project_all.defvjp(_project_forward, _project_backward)
+
+
+def _gather_all(each, weights, dtype):
+    return tuple(
+        sharding.gather(w, w_letters, dtype)
+        for (w_letters, _), w in zip(each, weights, strict=True)
+    )
+
+
+def _letters(subscripts: str, num_weights: int) -> tuple[str, list[tuple[str, str]]]:
+    """Returns the letters of x, and of each weight with its result."""
+    inputs, _, outs = subscripts.partition("->")
+    x_letters, *w_letters = inputs.split(",")
+    y_letters = outs.split(",")
+    assert len(w_letters) == len(y_letters) == num_weights, subscripts
+    return x_letters, list(zip(w_letters, y_letters, strict=True))
 
 
 def add_bias(x: jax.Array, bias: jax.Array, letters: str) -> jax.Array:
