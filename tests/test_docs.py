@@ -47,7 +47,10 @@ ELSEWHERE = {  # beginning of a command: why it does not run here
     "pip install": "part of make test",
     ".venv/bin/pre-commit install": "would change the git hooks",
 }
-RUNS_HERE = ("python -m jaxllm.", "gzip -dc corpus.txt.gz | python -m jaxllm.")
+RUNS_HERE = (
+    *("python -m jaxllm.", "python -m pallas_kernels.resources --predict"),
+    "gzip -dc corpus.txt.gz | python -m jaxllm.",
+)
 SMALLER = {
     "python:stdlib": "texts",
     "bpe:4096": "bpe:300",
