@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a step communicates on meshes of 8 and 64 H200s that are not there.
+
+The numbers follow from the design: weights are gathered once for each pass, gradients
+reduced once a microbatch. Arrays of less than `SMALL` elements, of norms and metrics,
+are not counted. One process compiles for all meshes: this file, run as a program.
+"""
+
+import collections
+import dataclasses
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import jaxllm.models.mlp
+import sharding
+from jaxllm.config import Config, DataConfig, LossConfig, ModelConfig, OptimizerConfig
+from jaxllm.step import compile_step, prepare
+from pallas_kernels import offline
+
+MESHES = {
+    "fsdp 8": dict(fsdp=8),
+    "data 8 x fsdp 8": dict(data=8, fsdp=8),
+    "fsdp 8 x tensor 8": dict(fsdp=8, tensor=8),
+}
+LAYERS, MICROBATCHES, MATRICES = 4, 2, 7  # seven matrices a layer
+SMALL = 1000
+CONFIG = Config(
+    steps=10,
+    model=ModelConfig(
+        vocab_size=1024,
+        num_layers=LAYERS,
+        d_model=256,
+        num_heads=8,
+        num_kv_heads=8,
+        head_dim=32,
+        d_ff=512,
+    ),
+    data=DataConfig(paths=("none",), sequence_length=128, batch_size=128),
+    loss=LossConfig(chunk_tokens=128),
+    optimizer=OptimizerConfig(name="sgd", lr=1e-3, microbatches=MICROBATCHES),
+)
+# Each matrix twice for each microbatch, in its two passes; embedding and output once.
+GATHERS = MICROBATCHES * (LAYERS * MATRICES * 2 + 2)
+SCATTERS = MICROBATCHES * (LAYERS * MATRICES + 2)
+WEIGHTS = {("all-gather", "fsdp"): GATHERS, ("reduce-scatter", "fsdp"): SCATTERS}
+CHUNKS = 128 // 8  # of a sequence each, on a device of fsdp 8
+BUDGETS = {
+    "fsdp 8": WEIGHTS,
+    # Those of a layer in one for each microbatch; embedding and output once a step.
+    "data 8 x fsdp 8": WEIGHTS | {("all-reduce", "data"): MICROBATCHES * LAYERS + 1},
+    # Two forward and two backward in a layer, the embedding's rows; those of the loss.
+    "fsdp 8 x tensor 8": WEIGHTS
+    | {("all-reduce", "tensor"): MICROBATCHES * (LAYERS * 4 + 1) + CHUNKS},
+}
+PLANTED = "planted"
+FAST = "--xla_backend_optimization_level=0 --xla_gpu_enable_triton_gemm=false"
+
+Key = tuple[str, str]  # kind, axes
+
+
+@dataclasses.dataclass(frozen=True)
+class Moved:
+    """An array that an instruction moves, `times` a step."""
+
+    kind: str
+    axes: str
+    array: str
+    times: int
+    source: str
+
+    @property
+    def key(self) -> Key:
+        return self.kind, self.axes
+
+
+def moved(sizes: dict[str, int]) -> list[Moved]:
+    """Compiles a step for described devices; needs their compiler in the process."""
+    devices = offline.described_devices(math.prod(sizes.values()))
+    setup = prepare(CONFIG, sharding.make_mesh(sizes, devices))
+    text = compile_step(setup).as_text()
+    assert text is not None
+    return [
+        Moved(
+            kind=c.kind,
+            axes=" ".join(c.axes or "?"),
+            array=array,
+            times=c.count or 1,
+            source=c.source,
+        )
+        for c in sharding.read_collectives(text, setup.mesh)
+        for array in c.arrays
+        if _num_elements(array) >= SMALL
+    ]
+
+
+def _num_elements(array: str) -> int:
+    return math.prod(map(int, re.findall(r"\d+", array.partition("[")[2])))
+
+
+def faults(found: list[Moved], budget: dict[Key, int]) -> list[str]:
+    """Returns what is not as in the budget, with the lines that asked for it."""
+    counts = collections.Counter()
+    for array in found:
+        counts[array.key] += array.times
+    return [
+        f"{' '.join(key)}: {counts[key]} arrays a step, not {budget.get(key, 0)}: "
+        + "; ".join(f"{m.array} by {m.source}" for m in found if m.key == key)
+        for key in sorted({*counts, *budget})
+        if counts[key] != budget.get(key, 0)
+    ]
+
+
+pytestmark = pytest.mark.skipif(
+    offline.toolchain() is None, reason="needs `make .venv/cuda`"
+)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, list[Moved]]:
+    ended = offline.run_python([__file__], XLA_FLAGS=FAST)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    found = json.loads(ended.stdout)
+    return {name: [Moved(**m) for m in arrays] for name, arrays in found.items()}
+
+
+@pytest.mark.parametrize("mesh_name", MESHES)
+def test_a_step_communicates_what_the_design_says(compiled, mesh_name):
+    assert faults(compiled[mesh_name], BUDGETS[mesh_name]) == []
+
+
+def test_an_added_collective_is_named_by_its_line(compiled):
+    lines = Path(__file__).read_text().splitlines()
+    number = 1 + next(
+        i for i, line in enumerate(lines) if line.endswith("# planted line")
+    )
+    found = faults(compiled[PLANTED], BUDGETS["fsdp 8"])
+    assert len(found) == 1
+    assert found[0].startswith("all-reduce fsdp: ")
+    assert f"{Path(__file__).name}:{number}" in found[0]
+
+
+def plant() -> None:
+    """Makes every MLP add up activations over the devices."""
+    run = jaxllm.models.mlp.MLP.__call__
+
+    def run_less_mean(self: Any, x_BTD: Any) -> Any:
+        return run(self, x_BTD - x_BTD.mean(axis=0, keepdims=True))  # planted line
+
+    jaxllm.models.mlp.MLP.__call__ = run_less_mean
+
+
+def main() -> None:
+    found = {name: moved(sizes) for name, sizes in MESHES.items()}
+    plant()
+    found[PLANTED] = moved(MESHES["fsdp 8"])
+    json.dump(
+        {n: [dataclasses.asdict(m) for m in f] for n, f in found.items()}, sys.stdout
+    )
+
+
+if __name__ == "__main__":
+    main()
