@@ -2,5 +2,13 @@
 """Softmax attention of a decoder."""
 
 from pallas_kernels.attention.op import attention, choose_attention
+from pallas_kernels.attention.ranged import RangedAttention, merge_parts
+from pallas_kernels.attention.ranges import key_ranges
 
-__all__ = ["attention", "choose_attention"]
+__all__ = [
+    "RangedAttention",
+    "attention",
+    "choose_attention",
+    "key_ranges",
+    "merge_parts",
+]

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The attention operation: what it promises, and which implementation runs."""
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -10,20 +9,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.attention.arguments import check_arguments
-from pallas_kernels.attention.backward import backward
-from pallas_kernels.attention.backward_fused import backward_fused
-from pallas_kernels.attention.forward import forward
+from pallas_kernels.attention.kernels import Kernels
 from pallas_kernels.attention.ranges import key_ranges
 from pallas_kernels.attention.reference import attention_reference
-from pallas_kernels.attention.tiles import (
-    FUSED_GRADIENT,
-    BackwardTile,
-    ForwardTile,
-    KeyGradientTile,
-    backward_tile,
-    forward_tile,
-    fused_tile,
-)
 from pallas_kernels.choice import Choice, Implementation, choose
 from pallas_kernels.target import INTERPRETED, Target, current_target
 
@@ -118,7 +106,7 @@ def attention(
         )
         return checkpoint_name(out_BTNH, "attention")
     facts = (target, q_BTNH.shape[-1], causal, softcap, scale, deterministic)
-    kernels = _kernels(*facts)
+    kernels = Kernels.of(*facts)
     ranges = key_ranges(q_BTNH.shape, k_BSKH.shape[1], **masks)
     return _attend(kernels, q_BTNH, k_BSKH, v_BSKH, *ranges, sinks_N)
 
@@ -145,6 +133,7 @@ def attention_refusals(
     causal: bool = True,
     packed: bool = False,
     cached: bool = False,
+    ranged: bool = False,
     window: int = 0,
     softcap: float | None = None,
     scale: float = 1.0,
@@ -157,6 +146,7 @@ def attention_refusals(
       target: the device it will run on.
       packed: whether there are segments_BT.
       cached: whether there are positions_BT.
+      ranged: whether the ranges of keys are given, as to `RangedAttention`.
       sinks: whether there are sinks_N.
     """
     halves = ("bfloat16", "float16")
@@ -178,6 +168,7 @@ def attention_refusals(
         ),
         "segments of packed documents": packed,
         "query positions": cached,
+        "ranges of keys": ranged,
         f"window {window} without causal": window > 0 and not causal,
         f"softcap {softcap}": softcap is not None,
         "sinks": sinks,
@@ -189,30 +180,6 @@ def attention_refusals(
     }
 
 
-@dataclasses.dataclass(frozen=True)
-class _Kernels:
-    """What the kernels of a call are made from."""
-
-    softcap: float | None
-    scale: float
-    forward: ForwardTile
-    backward: BackwardTile
-    fused: KeyGradientTile | None  # None: the backward pass of two kernels
-
-
-def _kernels(target, head_dim, causal, softcap, scale, deterministic) -> _Kernels:
-    # The derivative of the soft-cap is 568 bytes a thread too many for heads of 64.
-    spills = softcap is not None and head_dim == 64
-    fused = not deterministic and head_dim in FUSED_GRADIENT and not spills
-    return _Kernels(
-        softcap=softcap,
-        scale=scale,
-        forward=forward_tile(target, head_dim, causal=causal),
-        backward=backward_tile(target, head_dim, causal=causal),
-        fused=fused_tile(target, head_dim, causal=causal) if fused else None,
-    )
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(kernels, q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, sinks_N):
     inputs = (q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, sinks_N)
@@ -221,12 +188,7 @@ def _attend(kernels, q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, sinks_N):
 
 def _attend_forward(kernels, q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, sinks_N):
     inputs = (q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, sinks_N)
-    out_BTNH, lse_BNT = forward(
-        *inputs,
-        softcap=kernels.softcap,
-        scale=kernels.scale,
-        tile=kernels.forward,
-    )
+    out_BTNH, lse_BNT = kernels.attend(*inputs)
     # Named here: a name given to the result outside would not cover what the backward
     # pass keeps of it, and remat would run the kernel again.
     out_BTNH = checkpoint_name(out_BTNH, "attention")
@@ -238,11 +200,7 @@ def _attend_backward(kernels, residuals, dout_BTNH):
     inputs, out_BTNH, lse_BNT = residuals
     q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, sinks_N = inputs
     arrays = (q_BTNH, k_BSKH, v_BSKH, out_BTNH, lse_BNT, dout_BTNH, start_BT, end_BT)
-    options = dict(softcap=kernels.softcap, scale=kernels.scale)
-    if kernels.fused:
-        dqkv = backward_fused(*arrays, **options, tile=kernels.fused)
-    else:
-        dqkv = backward(*arrays, **options, tile=kernels.backward)
+    dqkv = kernels.differentiate(*arrays)
     dsinks_N = None
     if sinks_N is not None:
         dsinks_N = _sinks_gradient(sinks_N, out_BTNH, lse_BNT, dout_BTNH)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention in plain JAX: the specification of every implementation."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -79,6 +81,49 @@ def masked_attention(
     )
     out_BTNH = out_BTKGH.reshape(b, t, n, h).astype(q_BTNH.dtype)
     return out_BTNH, lse_BKGT1.reshape(b, n, t)
+
+
+def masked_gradients(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    out_BTNH: jax.Array,
+    lse_BNT: jax.Array,
+    dout_BTNH: jax.Array,
+    mask_BTS: jax.Array,
+    *,
+    softcap: float | None,
+    scale: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns dq_BTNH, dk_BSKH and dv_BSKH of `masked_attention`, from what it made.
+
+    If out and lse are over more keys than these, so is what dq is a part of.
+    """
+    (b, t, n, h), k = q_BTNH.shape, k_BSKH.shape[2]
+    wide = jnp.float64 if q_BTNH.dtype == jnp.float64 else jnp.float32
+    shape = (b, t, k, n // k, h)
+    q_BTKGH, dout_BTKGH = q_BTNH.reshape(shape), dout_BTNH.reshape(shape)
+    product = functools.partial(jnp.einsum, preferred_element_type=wide)
+    logits_BKGTS = product("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH) * scale
+    slope = scale
+    if softcap is not None:
+        tanh_BKGTS = jnp.tanh(logits_BKGTS / softcap)
+        logits_BKGTS, slope = softcap * tanh_BKGTS, scale * (1 - tanh_BKGTS**2)
+    lse_BKGT1 = lse_BNT.reshape(b, k, n // k, t, 1)
+    weights_BKGTS = jnp.exp(
+        jnp.where(mask_BTS[:, None, None], logits_BKGTS - lse_BKGT1, -jnp.inf)
+    )
+    delta_BTN = (out_BTNH.astype(wide) * dout_BTNH.astype(wide)).sum(-1)
+    delta_BKGT1 = delta_BTN.swapaxes(1, 2).reshape(lse_BKGT1.shape)
+    dweights_BKGTS = product("BTKGH,BSKH->BKGTS", dout_BTKGH, v_BSKH)
+    dlogits_BKGTS = weights_BKGTS * (dweights_BKGTS - delta_BKGT1) * slope
+    dlogits_BKGTS = dlogits_BKGTS.astype(q_BTNH.dtype)
+    weights_BKGTS = weights_BKGTS.astype(q_BTNH.dtype)
+    dq_BTKGH = product("BKGTS,BSKH->BTKGH", dlogits_BKGTS, k_BSKH)
+    dk_BSKH = product("BKGTS,BTKGH->BSKH", dlogits_BKGTS, q_BTKGH)
+    dv_BSKH = product("BKGTS,BTKGH->BSKH", weights_BKGTS, dout_BTKGH)
+    dq_BTNH = dq_BTKGH.reshape(b, t, n, h).astype(q_BTNH.dtype)
+    return dq_BTNH, dk_BSKH.astype(k_BSKH.dtype), dv_BSKH.astype(v_BSKH.dtype)
 
 
 def visible_keys(
