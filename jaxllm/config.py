@@ -57,6 +57,7 @@ class MeshConfig:
     fsdp: int = -1  # shards of parameters, optimizer state and batch
     tensor: int = 1  # shards of heads, MLP width and vocabulary
     expert: int = 1  # shards of experts, and of all else as fsdp
+    context: int = 1  # parts of a row; its attention as config.kernels.context says
 
     def __post_init__(self):
         sizes = dataclasses.asdict(self)
@@ -83,6 +84,7 @@ class KernelsConfig:
     deterministic: bool = True  # attention's gradients have the same bits every time
     self_check: bool = True  # compare kernels with plain JAX before training
     grouped_matmul: Literal["auto", "mosaic", "xla"] = "auto"  # of experts
+    context: Literal["all_gather", "ring"] = "all_gather"  # how keys reach all queries
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -237,4 +239,11 @@ class Config:
                 f"config.mesh.expert={self.mesh.expert} needs experts, but "
                 "config.model.moe.num_experts=0; use config.mesh.fsdp, which cuts the "
                 "batch and the weights in the same way."
+            )
+        if self.mesh.context != 1 and self.model.moe.capacity_factor is not None:
+            raise InputError(
+                f"config.mesh.context={self.mesh.context} cuts rows, whose tokens "
+                "config.model.moe.capacity_factor="
+                f"{self.model.moe.capacity_factor} counts; use "
+                "config.model.moe.capacity_factor=None, or config.mesh.context=1."
             )

@@ -34,6 +34,7 @@ def choose_kernels(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Choice]
             dtype=model.dtype,
             head_dim=model.head_dim,
             packed=not config.data.cross_document_attention,
+            ranged=mesh.shape["context"] > 1,
             window=max(model.windows),
             softcap=model.attention_softcap,
             deterministic=kernels.deterministic,

@@ -58,6 +58,8 @@ def prepare(config: Config, mesh: jax.sharding.Mesh) -> Setup:
     Raises:
       sharding.ShardingError: lists everything on which mesh and config disagree.
     """
+    setting = "config.data.sequence_length"
+    sharding.check_length(setting, config.data.sequence_length, mesh)
     model = Model(config.model, config.kernels)
     plan = sharding.plan(model.abstract, model.letters, mesh, dims=_dims(config))
     optimizer = make_optimizer(
@@ -121,6 +123,7 @@ def compile_step(setup: Setup) -> jax.stages.Compiled:
     def train_step(state: TrainState, batch: Batch):
         num_targets = jnp.maximum((batch["targets"] >= 0).sum(), 1)
         scale = 1 / num_targets.astype(jnp.float32)
+        batch = _in_zigzag(batch)
         grads, sums = _accumulate(setup, state.params, batch)
         grads = jax.tree.map(lambda g: g * scale, grads)
         leaf_norms = jnp.stack([jnp.linalg.norm(g) for g in jax.tree.leaves(grads)])
@@ -144,7 +147,7 @@ def compile_eval(setup: Setup) -> jax.stages.Compiled:
     """Compiles (params, batch) -> sums [2]: negative log-likelihood, and targets."""
 
     def eval_step(params, batch: Batch):
-        nll = _loss_sums(setup, params, batch)["loss"]
+        nll = _loss_sums(setup, params, _in_zigzag(batch))["loss"]
         return jnp.stack([nll, (batch["targets"] >= 0).sum().astype(jnp.float32)])
 
     with jax.set_mesh(setup.mesh):
@@ -161,6 +164,11 @@ def compile_check(setup: Setup) -> jax.stages.Compiled:
 
     with jax.set_mesh(setup.mesh):
         return jax.jit(check).lower(setup.abstract_state).compile()
+
+
+def _in_zigzag(batch: Batch) -> Batch:
+    """Returns the batch in the order in which the model takes rows that are cut."""
+    return dict(zip(batch, sharding.to_zigzag(*batch.values()), strict=True))
 
 
 def _loss_sums(setup: Setup, params: Any, batch: Batch) -> dict[str, jax.Array]:

@@ -18,6 +18,7 @@ from sharding.mesh import AXES, abstract_mesh, make_mesh, resolve_sizes
 from sharding.placement import Placement
 from sharding.plan import Plan, Row, plan
 from sharding.rules import COMPUTE, STORAGE, named_sharding, spec
+from sharding.zigzag import check_length, to_zigzag
 
 __all__ = [
     "AXES",
@@ -33,6 +34,7 @@ __all__ = [
     "add_products",
     "axes_of",
     "bill",
+    "check_length",
     "constrain",
     "einsum",
     "gather",
@@ -45,4 +47,5 @@ __all__ = [
     "reduce_to_storage",
     "resolve_sizes",
     "spec",
+    "to_zigzag",
 ]

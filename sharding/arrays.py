@@ -104,7 +104,8 @@ def local(
 
     Gradients are right if no device's part of a result needs another device's part of
     an argument: that of an argument is added up, in the argument's dtype, over the mesh
-    axes that cut other arguments and not this one.
+    axes that cut other arguments and not this one. A function may gather other parts
+    itself, and then adds up what it returns to them.
 
     Args:
       function: takes one array for each entry of ins; sees local shapes only.

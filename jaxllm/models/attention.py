@@ -9,8 +9,10 @@ from jax.ad_checkpoint import checkpoint_name
 import pallas_kernels
 import sharding
 from jaxllm.config import KernelsConfig, ModelConfig
+from jaxllm.models.context import ContextAttention
 from jaxllm.models.norms import HeadNorm
 from jaxllm.models.parameters import add_bias, matrix, project, project_all, vector
+from pallas_kernels.attention import RangedAttention
 
 Cache = dict[str, jax.Array]  # of one layer: "key" and "value", BSKH
 
@@ -91,8 +93,24 @@ class Attention(nnx.Module):
         )
 
     def _attend(self, q_BTNH, k_BSKH, v_BSKH, segments_BT):
+        if sharding.axes_of("T"):
+            return self._attend_in_context(q_BTNH, k_BSKH, v_BSKH, segments_BT)
         masks = {} if segments_BT is None else {"segments_BT": segments_BT}
         return self._run(self.kernels.attention, q_BTNH, k_BSKH, v_BSKH, **masks)
+
+    def _attend_in_context(self, q_BTNH, k_BTKH, v_BTKH, segments_BT):
+        attend = ContextAttention(
+            RangedAttention(
+                softcap=self.config.attention_softcap,
+                deterministic=self.kernels.deterministic,
+                implementation=self.kernels.attention,
+            ),
+            window=self.window,
+            exchange=self.kernels.context,
+        )
+        segments = () if segments_BT is None else (segments_BT,)
+        ins = ("BTNH", "BTKH", "BTKH", *("BT" for _ in segments))
+        return sharding.local(attend, ins, "BTNH")(q_BTNH, k_BTKH, v_BTKH, *segments)
 
     def _attend_cached(self, q_BTNH, cache, positions_BT):
         # cuDNN takes no query positions, whatever it does in training.

@@ -125,7 +125,8 @@ class Transformer(nnx.Module):
         """Returns the normed output x_BTD of the last block, and the filled cache.
 
         Args:
-          tokens_BT: int32.
+          tokens_BT: int32; on a mesh that cuts T, as `sharding.to_zigzag` orders them,
+            and so everything else of them.
           positions_BT: int32; the RoPE position of each token, and with a cache the
             slot where it is kept.
           segments_BT: int32 document of each token in a packed row; 0 is padding.
@@ -185,7 +186,17 @@ class Transformer(nnx.Module):
 
 
 def make_cache(config: ModelConfig, batch: int, length: int) -> Caches:
-    """Returns an empty KV cache for `length` positions, shaped as the blocks are."""
+    """Returns an empty KV cache for `length` positions, shaped as the blocks are.
+
+    Raises:
+      sharding.ShardingError: the mesh cuts rows of tokens, which come one by one here.
+    """
+    if axes := sharding.axes_of("T"):
+        size = jax.sharding.get_abstract_mesh().shape[axes[0]]
+        raise sharding.ShardingError(
+            f"a KV cache takes tokens (T) one by one, but mesh {axes[0]}={size} cuts T;"
+            " generate on a mesh of context=1, with tensor or fsdp instead."
+        )
     period = len(config.windows)
     repeats = config.num_layers // period
     shape = (batch, length, config.num_kv_heads, config.head_dim)
