@@ -24,7 +24,14 @@ from jaxllm.config import (
 from jaxllm.configfile import override
 from jaxllm.kernels import choose_kernels
 from jaxllm.models import make_cache
-from jaxllm.step import compile_eval, compile_step, init_state, prepare
+from jaxllm.step import (
+    Setup,
+    TrainState,
+    compile_eval,
+    compile_step,
+    init_state,
+    prepare,
+)
 from sharding import ShardingError
 
 STEPS, ROWS, LENGTH, WORDS = 20, 8, 64, 96
@@ -76,7 +83,9 @@ def packed_batch(step: int) -> dict[str, np.ndarray]:
 
 
 @functools.cache
-def train(sizes: tuple[tuple[str, int], ...], exchange: str):
+def train(
+    sizes: tuple[tuple[str, int], ...], exchange: str
+) -> tuple[np.ndarray, np.ndarray, Setup, TrainState]:
     """Returns loss and gradient norm of each step, and the loss of an evaluation."""
     config = override(CONFIG, {"kernels.context": exchange})
     num_devices = int(np.prod([size for _, size in sizes], dtype=np.int64))
@@ -95,7 +104,7 @@ def train(sizes: tuple[tuple[str, int], ...], exchange: str):
 def test_losses_of_20_steps_are_those_of_one_device(name, sizes, exchange):
     one, many = train((), "ring"), train(tuple(sizes.items()), exchange)
     assert np.ptp(one[0]) > 0.1  # it learns: they could differ
-    loss, norm = (np.abs(many[i] / one[i] - 1) for i in range(2))
+    loss, norm = np.abs(many[0] / one[0] - 1), np.abs(many[1] / one[1] - 1)
     print(f"\n{name:<30} {exchange:<10} loss {loss.max():.1e}, norm {norm.max():.1e}")
     assert loss.max() < LOSS_TOLERANCE
     assert norm.max() < NORM_TOLERANCE

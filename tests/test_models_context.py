@@ -40,7 +40,7 @@ def place(x, letters):
     return sharding.constrain(jnp.asarray(x), letters)
 
 
-def to_zigzag(x: np.ndarray, size: int) -> np.ndarray:
+def to_zigzag(x: np.ndarray | jax.Array, size: int) -> np.ndarray:
     chunks = np.split(np.asarray(x), 2 * size, 1)
     order = [i for c in range(size) for i in (c, 2 * size - 1 - c)]
     return np.concatenate([chunks[i] for i in order], 1)

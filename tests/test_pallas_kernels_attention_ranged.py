@@ -12,6 +12,7 @@ import pytest
 from pallas_kernels import choose_attention, mosaic
 from pallas_kernels.attention import RangedAttention, key_ranges, merge_parts
 from pallas_kernels.attention.reference import attention_reference
+from pallas_kernels.choice import Implementation
 from pallas_kernels.target import Target
 
 B, T, N, K, H = 1, 96, 4, 2, 64
@@ -19,7 +20,7 @@ CUT = 50  # keys of the first part
 SEGMENTS_BT = jnp.asarray([[1] * 30 + [2] * 51 + [3] * 10 + [0] * 5], jnp.int32)
 MASKS: dict[str, Any] = dict(segments_BT=SEGMENTS_BT, window=33)
 # name: (implementation, deterministic, dtype, rounding of a result)
-WAYS = {
+WAYS: dict[str, tuple[Implementation, bool, Any, float]] = {
     "plain JAX": ("xla", True, jnp.float32, 2e-6),
     "split kernels": ("mosaic", True, jnp.bfloat16, 2.0**-7),
     "fused kernel": ("mosaic", False, jnp.bfloat16, 2.0**-7),
