@@ -123,6 +123,9 @@ def test_a_run_of_an_older_version_is_compared_by_what_it_has(tiny, tmp_path):
         pass
     del values["model"]["qk_norm"]
     (tmp_path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(InputError, match=r"config\.model\.qk_norm: unset -> false"):
-        with claim(tmp_path, tiny(), overwrite=False):
+    with claim(tmp_path, tiny(), overwrite=False):  # it had the default
+        pass
+    other = tiny({"model.qk_norm": True})
+    with pytest.raises(InputError, match=r"config\.model\.qk_norm: unset -> true"):
+        with claim(tmp_path, other, overwrite=False):
             pass
