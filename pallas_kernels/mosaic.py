@@ -193,6 +193,9 @@ def interpret(detect_races: bool = True) -> Iterator[None]:
             _adding_copies(),
         ):
             yield
+            # A call returns before its kernel has run: what it needs stays until then,
+            # and only then are its races known.
+            jax.effects_barrier()
         races = _interpreter._races
         if races is not None and races.races_found:
             raise RuntimeError("a kernel has a data race; see the log above")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The backward kernels in interpret mode, with races detected, against float64."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -169,7 +170,22 @@ def test_a_query_alone_gives_gradients():
 
 
 def test_overwriting_what_tma_still_reads_is_a_race(monkeypatch):
-    monkeypatch.setattr(fused.plgpu, "wait_smem_to_gmem", lambda *_, **__: None)
+    wait = fused.plgpu.wait_smem_to_gmem
+
+    def wait_at_the_end_only(number, wait_read_only=False):
+        if not wait_read_only:
+            wait(number)
+
+    monkeypatch.setattr(fused.plgpu, "wait_smem_to_gmem", wait_at_the_end_only)
     run = functools.partial(fused.backward_fused, tile=FUSED[64])
-    with pytest.raises(Exception, match="RACE DETECTED"):
+    with pytest.raises(Exception, match=r"RACE DETECTED|data race"):
         check(run, draw(RAGGED)[0], MASKS["none"])
+
+
+@pytest.mark.parametrize("h", [64, 128])
+def test_a_fused_tile_whose_parts_are_not_one_a_warpgroup_is_refused(h):
+    wrong = dataclasses.replace(FUSED[h], block_q={64: 64, 128: 128}[h])
+    shape = (1, 128, 128, 1, 1, h)
+    with pytest.raises(ValueError, match="one part of dQ for each warpgroup"):
+        run = functools.partial(fused.backward_fused, tile=wrong)
+        check(run, draw(shape)[0], visible(shape))

@@ -41,6 +41,9 @@ def backward_fused(
     """Returns dq_BTNH, dk_BSKH and dv_BSKH, the first with bits that vary.
 
     The arguments are those of `backward`, but H is 64 or 128.
+
+    Raises:
+      ValueError: the tile does not give each warpgroup one part of dQ.
     """
     (b, t, n, h), dtype = q_BTNH.shape, q_BTNH.dtype
     plan = BackwardPlan(q_BTNH.shape, k_BSKH.shape, scale, softcap)
@@ -49,6 +52,12 @@ def backward_fused(
         multiple=tile.block_q,
     )
     num = tile.num_warpgroups
+    if tile.block_q * h != num * ROWS * ROWS:
+        raise ValueError(
+            f"backward_fused got block_q={tile.block_q} and num_warpgroups={num} for "
+            f"heads of {h}: a step must have one part of dQ for each warpgroup, so "
+            f"block_q must be {num * ROWS * ROWS // h}."
+        )
     # TMA adds whole tiles.
     dq_sum = jax.new_ref(jnp.zeros((b, t + -t % tile.block_q, n, h), jnp.float32))
     dk_BSKH, dv_BSKH = walk_kernel(
