@@ -4,6 +4,7 @@
 from sharding.alphabet import LETTERS
 from sharding.arrays import (
     add_products,
+    along,
     axes_of,
     constrain,
     einsum,
@@ -32,6 +33,7 @@ __all__ = [
     "ShardingError",
     "abstract_mesh",
     "add_products",
+    "along",
     "axes_of",
     "bill",
     "check_length",

@@ -12,7 +12,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sharding.rules import COMPUTE, STORAGE, Table, axes_by_letter, spec
+from sharding.rules import (
+    COMPUTE,
+    STORAGE,
+    Table,
+    axes_by_letter,
+    cutting,
+    free_axes,
+    spec,
+)
 
 Out = str | jax.P | None  # letters or a spec; there is none without a mesh
 
@@ -24,9 +32,9 @@ def out_sharding(letters: str, table: Table = COMPUTE) -> jax.P | None:
 
 
 def axes_of(letter: str) -> tuple[str, ...]:
-    """Returns the mesh axes larger than 1 that cut this letter in COMPUTE."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return tuple(a for a in COMPUTE.get(letter, ()) if mesh.shape.get(a, 1) > 1)
+    """Returns the free mesh axes that cut this letter in COMPUTE."""
+    free = free_axes(jax.sharding.get_abstract_mesh())
+    return tuple(axis for axis in COMPUTE.get(letter, ()) if axis in free)
 
 
 def einsum(
@@ -133,8 +141,21 @@ def _local(function, ins, in_specs, out_specs):
     cuts = [{axis for letter in letters for axis in axes_of(letter)} for letters in ins]
     axes = tuple(sorted(set().union(*cuts)))
 
+    mesh = jax.sharding.get_abstract_mesh()
+    free = free_axes(mesh)
+    manual = jax.sharding.AxisType.Manual
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    names = {axis for axis, kind in kinds if kind != manual}
+
     def over_devices(block, ins, outs):
-        return jax.shard_map(block, in_specs=ins, out_specs=outs, check_vma=False)
+        def traced(*args):
+            with cutting(free):
+                return block(*args)
+
+        # Around this there may be `along`: its axis stays as it is.
+        return jax.shard_map(
+            traced, in_specs=ins, out_specs=outs, axis_names=names, check_vma=False
+        )
 
     @jax.custom_vjp
     def run(*args):
@@ -163,6 +184,25 @@ def _local(function, ins, in_specs, out_specs):
 
     run.defvjp(forward, backward)
     return run
+
+
+def along(
+    axis: str, function: Callable[..., Any], ins: Any, outs: Any
+) -> Callable[..., Any]:
+    """Wraps a function in `shard_map` over one mesh axis, and leaves the others.
+
+    Inside, the tables do as if the axis were not there: each of its devices, with
+    theirs along the other axes, runs the function on its own part.
+
+    Args:
+      axis: of the mesh.
+      function: may use everything here, `local` too, and collectives over axis.
+      ins: specs that name no other axis, one for each argument, or trees of them.
+      outs: the same of the result.
+    """
+    return jax.shard_map(
+        function, in_specs=ins, out_specs=outs, axis_names={axis}, check_vma=False
+    )
 
 
 def reduce_to_storage(partial: jax.Array, letters: str) -> jax.Array:

@@ -7,7 +7,9 @@ gradients and optimizer state at rest: it also cuts D, which a use gathers first
 Between layers of experts, `expert` is one more axis of the batch.
 """
 
-from collections.abc import Mapping
+import contextlib
+import contextvars
+from collections.abc import Iterator, Mapping
 
 import jax
 
@@ -42,9 +44,41 @@ YIELDS = "D"
 
 AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
+# The axes of the `shard_map` that is being traced, if any: see `cutting`.
+_cutting: contextvars.ContextVar[frozenset[str] | None] = contextvars.ContextVar(
+    "cutting", default=None
+)
+
+
+def free_axes(mesh: AnyMesh) -> frozenset[str]:
+    """Returns the mesh axes that the tables may use here: sizes of 1 vanish.
+
+    An axis that `shard_map` has taken over is not free inside, unless `cutting` says
+    that it is this very `shard_map` that the tables describe.
+    """
+    cutting = _cutting.get()
+    manual = jax.sharding.AxisType.Manual
+    return frozenset(
+        axis
+        for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if mesh.shape[axis] > 1
+        and (kind != manual if cutting is None else axis in cutting)
+    )
+
+
+@contextlib.contextmanager
+def cutting(axes: frozenset[str]) -> Iterator[None]:
+    """Says, while a block of a `shard_map` is traced, which axes cut its arguments."""
+    token = _cutting.set(axes)
+    try:
+        yield
+    finally:
+        _cutting.reset(token)
+
 
 def axes_by_letter(letters: str, table: Table, mesh: AnyMesh) -> list[list[str]]:
-    """Returns the mesh axes larger than 1 that cut each dim of a tensor."""
+    """Returns the free mesh axes that cut each dim of a tensor."""
+    free = free_axes(mesh)
     claimed = {
         axis
         for letter in letters
@@ -55,8 +89,7 @@ def axes_by_letter(letters: str, table: Table, mesh: AnyMesh) -> list[list[str]]
         [
             axis
             for axis in table.get(letter, ())
-            if mesh.shape.get(axis, 1) > 1
-            and not (letter in YIELDS and axis in claimed)
+            if axis in free and not (letter in YIELDS and axis in claimed)
         ]
         for letter in letters
     ]

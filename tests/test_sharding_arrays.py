@@ -175,3 +175,47 @@ def test_reduce_to_storage_sums_the_parts_of_the_batch(letters, sizes):
         got = jax.jit(call)(put(x, "B", COMPUTE, mesh), put(w, letters, COMPUTE, mesh))
     np.testing.assert_array_equal(got, x.sum() * w)
     assert got.sharding.spec == sharding.spec(letters, STORAGE, mesh)
+
+
+def test_along_one_axis_the_tables_know_the_others_only(mesh):
+    x_BTD, w_DF = draw("BTD"), draw("DF", 1)
+    seen = {}
+
+    def part(x_BTD, w_DF):
+        seen["outside"] = sharding.axes_of("B"), sharding.out_sharding("BTD")
+
+        def block(x_BTD, w_DF):
+            seen["inside"] = sharding.axes_of("B"), sharding.axes_of("F")
+            scale = 1 + jax.lax.axis_index("tensor").astype(jnp.float32)
+            return x_BTD @ w_DF * scale
+
+        y_BTF = sharding.local(block, ("BTD", "DF"), "BTF")(
+            x_BTD, sharding.gather(w_DF, "DF", jnp.dtype(jnp.float32))
+        )
+        return sharding.einsum("BTF,BTF->", y_BTF, y_BTF) / 2
+
+    def whole(x_BTD, w_DF):
+        def add_up(x_BTD, w_DF):
+            total, pullback = jax.vjp(part, x_BTD, w_DF)
+            dx_BTD, dw_DF = pullback(jnp.ones((), jnp.float32))
+            return jax.lax.psum(total, "data"), dx_BTD, jax.lax.psum(dw_DF, "data")
+
+        batch, rest = jax.P("data"), jax.P()
+        run = sharding.along("data", add_up, (batch, rest), (rest, batch, rest))
+        return run(x_BTD, w_DF)
+
+    with jax.set_mesh(mesh):
+        total, dx_BTD, dw_DF = jax.jit(whole)(
+            put(x_BTD, "BTD", COMPUTE, mesh), put(w_DF, "DF", STORAGE, mesh)
+        )
+    assert seen["outside"] == (("fsdp",), jax.P("fsdp", None, None))
+    assert seen["inside"] == (("fsdp",), ("tensor",))
+    scale_F = np.repeat([1.0, 2.0], SIZES["F"] // 2)
+    y_BTF = x_BTD @ w_DF * scale_F
+    np.testing.assert_array_equal(total, np.sum(y_BTF**2) / 2)
+    np.testing.assert_array_equal(dx_BTD, (y_BTF * scale_F) @ w_DF.T)
+    np.testing.assert_array_equal(
+        dw_DF, np.einsum("BTD,BTF->DF", x_BTD, y_BTF * scale_F)
+    )
+    assert dx_BTD.sharding.spec == sharding.spec("BTD", COMPUTE, mesh)
+    assert dw_DF.sharding.spec == sharding.spec("DF", STORAGE, mesh)
