@@ -18,7 +18,6 @@ from jaxllm import presets
 from jaxllm.budget import flops_per_token, peak_flops
 from jaxllm.config import Config, DataConfig, MeshConfig, OptimizerConfig
 from jaxllm.configfile import override
-from jaxllm.settings import setting_types
 from jaxllm.step import Setup, compile_step, init_state, prepare
 from pallas_kernels import offline
 
@@ -41,10 +40,7 @@ def make_config(job: dict[str, Any]) -> Config:
         optimizer=OptimizerConfig(lr=1e-4, weight_decay=0.1),
     )
     kernels = {f"kernels.{name}": value for name, value in job["kernels"].items()}
-    known = {name: value for name, value in kernels.items() if name in setting_types()}
-    if missing := set(kernels) - set(known):
-        print(f"no such settings, left out: {', '.join(sorted(missing))}")
-    return override(config, known)
+    return override(config, kernels)
 
 
 def make_batch(setup: Setup) -> dict[str, jax.Array]:

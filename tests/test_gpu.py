@@ -22,10 +22,7 @@ import pytest
 
 import pallas_kernels
 import sharding
-from jaxllm import presets
-from jaxllm.config import Config, DataConfig, MeshConfig, OptimizerConfig
-from jaxllm.configfile import override
-from jaxllm.settings import setting_types
+from jaxllm.configfile import load_config
 from jaxllm.step import compile_step, init_state, prepare
 from pallas_kernels import offline
 from pallas_kernels.offline import OPERATIONS
@@ -39,6 +36,7 @@ pytestmark = [
 ]
 CASE_S = 240  # of a process: start, compile, check
 STEPS = 200
+CONFIGS = Path(__file__).parents[1] / "configs"
 # bfloat16 has 8 bits: a loss of two runs that round differently differs by about this.
 BFLOAT16_NOISE = 2.0**-8
 
@@ -104,27 +102,11 @@ def test_a_norm_of_more_than_2_to_the_31_elements_is_right_in_its_last_rows():
 
 def losses(kernels: str) -> np.ndarray:
     """Returns the losses of the quickstart's model on text that can be learned."""
-    config = Config(
-        steps=STEPS,
-        model=presets.small_15m(
-            vocab_size=4096,
-            num_layers=8,
-            d_model=512,
-            num_heads=8,
-            num_kv_heads=8,
-            head_dim=64,
-            d_ff=1408,
-            qk_norm=True,
-        ),
-        data=DataConfig(paths=("none",), sequence_length=512, batch_size=16),
-        mesh=MeshConfig(fsdp=1),
-        optimizer=OptimizerConfig(lr=1e-3, warmup_steps=20),
-    )
-    settings = {f"kernels.{op}": kernels for op in ("attention", "norm")}
-    settings["kernels.cross_entropy"] = kernels
-    config = override(
-        config, {n: value for n, value in settings.items() if n in setting_types()}
-    )
+    names = ("attention", "norm", "cross_entropy")
+    overrides = {f"kernels.{name}": kernels for name in names}
+    overrides |= {"data.batch_size": 16, "mesh.fsdp": 1, "steps": STEPS}
+    overrides |= {"optimizer.name": "adamw", "optimizer.lr": 1e-3}
+    config = load_config(CONFIGS / "quickstart_gpu.py", overrides)
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
     setup = prepare(config, mesh)
     step, state = compile_step(setup), init_state(setup)
