@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several processes: how they were started, and that they train what one trains."""
+"""Several processes train what one trains, stop together and fail together."""
 
 import dataclasses
 import json
@@ -12,78 +12,8 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 from jaxllm.checkpoint import find_steps
-from jaxllm.config import Config, InputError
-from jaxllm.distributed import Launch, find_launch, local_devices
-
-HAND = {"JAXLLM_COORDINATOR": "a:1", "JAXLLM_NUM_PROCESSES": "4"}
-STEP = {
-    "SLURM_JOB_ID": "7",
-    "SLURM_STEP_ID": "2",
-    "SLURM_NTASKS": "4",
-    "SLURM_STEP_NUM_TASKS": "4",
-    "SLURM_STEP_NODELIST": "n1,n2",
-    "SLURM_PROCID": "3",
-    "SLURM_LOCALID": "1",
-}
-
-
-@pytest.mark.parametrize(
-    ("environment", "launch"),
-    [
-        ({}, None),
-        (HAND | {"JAXLLM_PROCESS_ID": "3"}, Launch("a:1", 4, 3)),
-        (HAND | {"JAXLLM_NUM_PROCESSES": "1", "JAXLLM_PROCESS_ID": "0"}, None),
-        (STEP, Launch(f"n1:{61440 + 7 * 16 + 2}", 4, 3)),
-        (STEP | {"SLURM_STEP_NUM_TASKS": "1"}, None),
-        ({"SLURM_NTASKS": "1", "SLURM_JOB_ID": "7"}, None),
-    ],
-)
-def test_the_environment_says_how_a_process_was_started(environment, launch):
-    assert find_launch(environment) == launch
-
-
-@pytest.mark.parametrize(
-    ("environment", "message"),
-    [
-        ({"SLURM_NTASKS": "4"}, "without srun"),
-        (HAND, "JAXLLM_PROCESS_ID not; set all three"),
-        (HAND | {"JAXLLM_PROCESS_ID": "4"}, "must be from 0 to"),
-        (HAND | {"JAXLLM_PROCESS_ID": "-1"}, "must be from 0 to"),
-        (HAND | {"JAXLLM_PROCESS_ID": "x"}, "invalid literal"),
-    ],
-)
-def test_half_an_environment_is_refused(environment, message):
-    with pytest.raises(InputError, match=message):
-        find_launch(environment)
-
-
-GPUS = {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}
-
-
-@pytest.mark.parametrize(
-    ("environment", "devices"),
-    [
-        ({}, []),  # JAX's word for all
-        (STEP | GPUS | {"SLURM_STEP_TASKS_PER_NODE": "1(x4)"}, []),
-        (STEP | GPUS | {"SLURM_STEP_TASKS_PER_NODE": "4"}, [1]),
-        (
-            STEP | GPUS | {"SLURM_STEP_TASKS_PER_NODE": "1,2", "SLURM_NODEID": "1"},
-            [2, 3],
-        ),
-        (STEP | {"SLURM_STEP_TASKS_PER_NODE": "4", "CUDA_VISIBLE_DEVICES": "1"}, []),
-        ({"JAX_LOCAL_DEVICE_IDS": "2"}, None),
-    ],
-)
-def test_processes_of_a_node_share_its_gpus(environment, devices):
-    assert local_devices(environment) == devices
-
-
-def test_gpus_that_cannot_be_shared_evenly_are_refused():
-    with pytest.raises(InputError, match="3 processes on a node where they see 4 GPUs"):
-        local_devices(STEP | GPUS | {"SLURM_STEP_TASKS_PER_NODE": "3"})
+from jaxllm.config import Config
 
 
 @dataclasses.dataclass

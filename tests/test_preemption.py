@@ -27,15 +27,18 @@ def send(number: int):
     os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+CAUGHT = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+@pytest.mark.parametrize("number", CAUGHT)
 def test_a_signal_is_noted_and_the_handlers_are_given_back(number, caplog):
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    before = [signal.getsignal(each) for each in CAUGHT]
     with stop_signals() as should_stop:
         assert not should_stop()
         send(number)
         assert should_stop()
         assert should_stop()
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    assert [signal.getsignal(each) for each in CAUGHT] == before
     name = signal.Signals(number).name
     assert caplog.messages == [f"{name}: saving after this step, then stopping."]
 
@@ -80,6 +83,13 @@ class Training:
             time.sleep(0.002)
 
 
+def stop(training: Training, number: int, moment: str):
+    """Sends a signal at a moment; the process must say that it can be resumed."""
+    training.wait_for(moment)
+    training.process.send_signal(number)
+    assert training.process.wait(LIMIT_S) == RESUMABLE, training.said.read_text()
+
+
 @pytest.fixture
 def folder(tiny, tmp_path) -> Path:
     config = config_to_dict(tiny({"steps": 100_000, "eval.every": 0}))
@@ -102,15 +112,14 @@ def training(folder) -> Iterator[Training]:
     ("number", "moment"),
     [
         (signal.SIGTERM, "attention:"),  # said before it compiles
+        (signal.SIGUSR1, "compiled the step"),
         (signal.SIGINT, "step 3/"),
     ],
 )
 def test_a_process_that_is_asked_to_stop_saves_and_exits_with_75(
     training, folder, number, moment
 ):
-    training.wait_for(moment)
-    training.process.send_signal(number)
-    assert training.process.wait(LIMIT_S) == RESUMABLE
+    stop(training, number, moment)
     said = training.said.read_text()
     assert f"{signal.Signals(number).name}: saving after this step" in said
     [stopped] = [line for line in said.splitlines() if line.startswith("stopped at")]
@@ -120,3 +129,14 @@ def test_a_process_that_is_asked_to_stop_saves_and_exits_with_75(
     )
     assert faults == {}
     assert "Traceback" not in said
+
+
+def test_a_signal_while_a_run_is_resumed_is_not_lost(training, folder):
+    stop(training, signal.SIGTERM, "step 3/")
+    saved = find_steps(folder / "run" / "checkpoints")[0][-1]
+    for moment in ("attention:", "resuming from", "compiled the step"):
+        resumed = Training(folder)
+        stop(resumed, signal.SIGTERM, moment)
+        # What arrives before the first step stops the run before it.
+        assert f"stopped at step {saved};" in resumed.said.read_text()
+        assert find_steps(folder / "run" / "checkpoints")[0][-1] == saved

@@ -15,10 +15,11 @@ class Preempted(Exception):
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Catches SIGTERM and Ctrl-C; yields a function that says whether one has come.
+    """Catches SIGTERM, SIGUSR1 and Ctrl-C; yields what says whether one has come.
 
-    The loop asks it between two steps, so that the state is whole when it is saved. A
-    second Ctrl-C does not wait: it interrupts at once, and the newest save counts.
+    Clusters warn with either of the first two before they take a machine away. The loop
+    asks between two steps, so that the state is whole when it is saved. A second Ctrl-C
+    does not wait: it interrupts at once, and the newest save counts.
     """
     came: list[int] = []
 
@@ -30,7 +31,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
         name = signal.Signals(number).name
         _log.warning("%s: saving after this step, then stopping.", name)
 
-    numbers = (signal.SIGTERM, signal.SIGINT)
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield lambda: bool(came)

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a process was started, and which devices are its own."""
+
+import dataclasses
+import socket
+
+import pytest
+
+from jaxllm.config import InputError
+from jaxllm.launch import (
+    Launch,
+    check_devices,
+    check_host_name,
+    find_launch,
+    local_devices,
+)
+
+HAND = {"JAXLLM_COORDINATOR": "a:1", "JAXLLM_NUM_PROCESSES": "4"}
+STEP = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_ID": "2",
+    "SLURM_NTASKS": "4",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_NODELIST": "n1,n2",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+}
+
+
+@pytest.mark.parametrize(
+    ("environment", "launch"),
+    [
+        ({}, None),
+        (HAND | {"JAXLLM_PROCESS_ID": "3"}, Launch("a:1", 4, 3)),
+        (HAND | {"JAXLLM_NUM_PROCESSES": "1", "JAXLLM_PROCESS_ID": "0"}, None),
+        (STEP, Launch(f"n1:{61440 + 7 * 16 + 2}", 4, 3)),
+        (STEP | {"SLURM_STEP_NUM_TASKS": "1"}, None),
+        ({"SLURM_NTASKS": "1", "SLURM_JOB_ID": "7"}, None),
+    ],
+)
+def test_the_environment_says_how_a_process_was_started(environment, launch):
+    assert find_launch(environment) == launch
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"SLURM_NTASKS": "4"}, "without srun"),
+        (HAND, "JAXLLM_PROCESS_ID not; set all three"),
+        (HAND | {"JAXLLM_PROCESS_ID": "4"}, "must be from 0 to"),
+        (HAND | {"JAXLLM_PROCESS_ID": "-1"}, "must be from 0 to"),
+        (HAND | {"JAXLLM_PROCESS_ID": "x"}, "invalid literal"),
+    ],
+)
+def test_half_an_environment_is_refused(environment, message):
+    with pytest.raises(InputError, match=message):
+        find_launch(environment)
+
+
+GPUS = {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "devices"),
+    [
+        ({}, []),  # JAX's word for all
+        (STEP | {"SLURM_STEP_TASKS_PER_NODE": "2(x2)"}, [1]),  # nothing says which
+        (STEP | GPUS | {"SLURM_STEP_TASKS_PER_NODE": "1(x4)"}, []),
+        (STEP | GPUS | {"SLURM_STEP_TASKS_PER_NODE": "4"}, [1]),
+        (
+            STEP | GPUS | {"SLURM_STEP_TASKS_PER_NODE": "1,2", "SLURM_NODEID": "1"},
+            [2, 3],
+        ),
+        (STEP | {"SLURM_STEP_TASKS_PER_NODE": "4", "CUDA_VISIBLE_DEVICES": "1"}, []),
+        ({"JAX_LOCAL_DEVICE_IDS": "2"}, None),
+    ],
+)
+def test_processes_of_a_node_share_its_gpus(environment, devices):
+    assert local_devices(environment) == devices
+
+
+def test_gpus_that_cannot_be_shared_evenly_are_refused():
+    with pytest.raises(InputError, match="3 processes on a node where they see 4 GPUs"):
+        local_devices(STEP | GPUS | {"SLURM_STEP_TASKS_PER_NODE": "3"})
+
+
+@dataclasses.dataclass
+class Device:
+    process_index: int
+    platform: str = "gpu"
+
+
+def devices(*numbers: int, platform: str = "gpu") -> list[Device]:
+    return [Device(i, platform) for i, n in enumerate(numbers) for _ in range(n)]
+
+
+FOUR = Launch("a:1", 4, 0)
+ON_NODES_OF_FOUR = STEP | GPUS | {"SLURM_STEP_TASKS_PER_NODE": "1(x4)"}
+
+
+@pytest.mark.parametrize(
+    ("launch", "environment", "found"),
+    [
+        (None, {}, devices(1)),
+        (None, {}, devices(8, platform="cpu")),
+        (FOUR, ON_NODES_OF_FOUR, devices(4, 4, 4, 4)),
+        (
+            FOUR,
+            ON_NODES_OF_FOUR | {"SLURM_STEP_TASKS_PER_NODE": "4"},
+            devices(*[1] * 4),
+        ),
+        (
+            FOUR,
+            ON_NODES_OF_FOUR | {"JAX_PLATFORMS": "cpu"},
+            devices(2, 2, 2, 2, platform="cpu"),
+        ),
+        (FOUR, STEP, devices(2, 2, 2, 2, platform="cpu")),
+    ],
+)
+def test_devices_as_they_were_given_are_taken(launch, environment, found):
+    check_devices(launch, environment, found)
+
+
+@pytest.mark.parametrize(
+    ("launch", "environment", "found", "message"),
+    [
+        (
+            FOUR,
+            ON_NODES_OF_FOUR,
+            devices(4, 4, 3, 4),
+            r"expected 4 processes x 4 GPUs, found 4 \+ 4 \+ 3 \+ 4 gpu",
+        ),
+        (
+            FOUR,
+            ON_NODES_OF_FOUR,
+            devices(4, 4, 4),
+            r"expected 4 processes x 4 GPUs, found 4 \+ 4 \+ 4 \+ 0 gpu",
+        ),
+        (
+            FOUR,
+            ON_NODES_OF_FOUR,
+            devices(1, 1, 1, 1, platform="cpu"),
+            "found .* cpu, by process; JAX has no CUDA here",
+        ),
+        (
+            None,
+            ON_NODES_OF_FOUR | {"SLURM_STEP_TASKS_PER_NODE": "1"},
+            devices(1),
+            "expected 1 process x 4 GPUs, found 1 gpu",
+        ),
+        (
+            FOUR,
+            {},
+            devices(2, 1, 2, 2, platform="cpu"),
+            "expected 4 processes x 2 cpu",
+        ),
+    ],
+)
+def test_devices_that_are_missing_are_named(launch, environment, found, message):
+    with pytest.raises(InputError, match=message):
+        check_devices(launch, environment, found)
+
+
+def test_a_name_that_leads_a_node_to_itself_is_refused(monkeypatch):
+    several = {"SLURM_STEP_NUM_NODES": "2", "SLURMD_NODENAME": "node7"}
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.1.1")
+    with pytest.raises(InputError, match=r"node7, is 127\.0\.1\.1 on it"):
+        check_host_name(several, "node7")
+    check_host_name(several | {"SLURM_STEP_NUM_NODES": "1"}, "node7")
+    check_host_name(several, "host")  # several nodes on one machine
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: "10.0.0.7")
+    check_host_name(several, "node7")
