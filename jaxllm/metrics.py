@@ -23,8 +23,13 @@ from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from jaxllm.config import InputError, LoggingConfig
+from jaxllm.jsonlines import open_jsonlines
 
 FILE = "metrics.jsonl"
+# What is not the same when a run is done again; all the rest is, bit for bit.
+OF_THE_CLOCK = frozenset(
+    ("tokens_per_s", "mfu", "step_s", "data_wait_s", "memory_bytes", "goodput")
+)
 _log = logging.getLogger(__name__)
 
 Log = Callable[[int, Mapping[str, float]], None]  # step, scalars
@@ -138,19 +143,11 @@ def check_loggers(config: LoggingConfig) -> None:
 
 
 def _open_jsonl(path: Path, opened: contextlib.ExitStack) -> Log:
-    # Unbuffered: a line is one write, and a failed write is not tried again by close.
-    file = opened.enter_context(path.open("ab", buffering=0))
+    append = open_jsonlines(path, opened)
 
     def log(step: int, scalars: Mapping[str, float]) -> None:
         finite = {k: v if math.isfinite(v) else None for k, v in scalars.items()}
-        line = json.dumps({"step": step, **finite}, allow_nan=False) + "\n"
-        data = line.encode()
-        try:
-            while data:
-                data = data[file.write(data) :]
-        except OSError as error:
-            error.filename = str(path)
-            raise
+        append({"step": step, **finite})
 
     return log
 

@@ -15,15 +15,10 @@ from jaxllm.checkpoint import Checkpoints
 from jaxllm.data.batches import Batches
 from jaxllm.distributed import Poll
 from jaxllm.evaluate import evaluate, held_out
-from jaxllm.metrics import (
-    LateMetrics,
-    MetricsWriter,
-    device_memory_bytes,
-)
-from jaxllm.step import (
-    Setup,
-    TrainState,
-)
+from jaxllm.metrics import LateMetrics, MetricsWriter, device_memory_bytes
+from jaxllm.resilience.ledger import Ledger
+from jaxllm.resilience.phases import Phases
+from jaxllm.step import Setup, TrainState
 
 _log = logging.getLogger(__name__)
 
@@ -48,6 +43,8 @@ class Run:
     check: jax.stages.Compiled
     poll: Poll
     data: dict[str, Any]  # what made the batches; saved with every state
+    phases: Phases
+    ledger: Ledger
     first_step: int
     state: TrainState
 
@@ -57,43 +54,53 @@ class Run:
         self._interval: list[Record] = []  # steps read since the last logged one
         self._eval: tuple[int, dict[str, float]] = (-1, {})
 
+    def is_asked_to_stop(self, answer: bool) -> bool:
+        """Returns whether any process was, and at the same step on each of them."""
+        with self.phases("step"):  # the answer comes with the step before
+            return self.poll(answer)
+
     def update(self, step: int, state: TrainState) -> tuple[TrainState, Any]:
         """Takes the batch of a step and starts its update; the old state is gone."""
+        self.phases.step = step + 1
         self._began_at_s = time.perf_counter()
-        batch = next(self.batches)
+        with self.phases("data_wait"):
+            batch = next(self.batches)
         self._data_wait_s = time.perf_counter() - self._began_at_s
-        with jax.transfer_guard("disallow"):
+        with self.phases("step"), jax.transfer_guard("disallow"):
             state, metrics = self.step(state, batch)
         self._newest = (step + 1, state)
         return state, metrics
 
     def log(self, step: int, metrics: Any) -> Iterator[Record]:
         """Takes the metrics of a step just started; yields those before, if due."""
-        before = self._late.push(
-            step,
-            metrics,
-            began_at_s=self._began_at_s,
-            data_wait_s=self._data_wait_s,
-        )
+        with self.phases("step"):
+            before = self._late.push(
+                step,
+                metrics,
+                began_at_s=self._began_at_s,
+                data_wait_s=self._data_wait_s,
+            )
         yield from self._write(before)
 
     def evaluate(self, step: int, state: TrainState) -> Iterator[Record]:
         """Yields the loss on held-out tokens before the update of a step."""
-        yield from self._write(self._late.flush())
+        yield from self._flush()
         assert self.eval_step is not None, "`open_run` compiles it if eval.every is set"
-        with held_out(self.setup) as batches:
+        with self.phases("eval"), held_out(self.setup) as batches:
             result = evaluate(self.eval_step, state.params, batches)
         self._eval = (step, result)
         yield self.writer.write(step, result)
 
     def save(self, step: int, state: TrainState) -> Iterator[Record]:
         """Starts to save, after reading what is pending: no bad state is saved."""
-        yield from self._write(self._late.flush())
-        self._check_state(step, state)
+        yield from self._flush()
         eval_step, result = self._eval
         metrics = result if eval_step == step else None
         data = {"next_step": step, "batches": self.data}
-        self.checkpoints.save(step, state, data, metrics=metrics)
+        with self.phases("save"):
+            self._check_state(step, state)
+            self.checkpoints.save(step, state, data, metrics=metrics)
+        self.ledger.write()
 
     def save_newest(self):
         """Saves where the run stands, unless an interrupted update left no state."""
@@ -107,6 +114,12 @@ class Run:
                 pass
         for _ in self.save(step, state):
             pass
+
+    def _flush(self) -> Iterator[Record]:
+        """Waits for the step under way, so that no other phase has its time."""
+        with self.phases("step"):
+            values = self._late.flush()
+        yield from self._write(values)
 
     def _write(self, values: Record | None) -> Iterator[Record]:
         """Checks the numbers of one step; yields the means of an interval, if due."""
@@ -144,6 +157,7 @@ class Run:
             "mfu": math.nan if mfu is None else mfu,  # null in metrics.jsonl
             "step_s": step_s,
             "data_wait_s": wait_s,
+            "goodput": self.ledger.goodput(),
             **({} if memory_bytes is None else {"memory_bytes": memory_bytes}),
         }
 

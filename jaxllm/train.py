@@ -23,6 +23,7 @@ from jaxllm.compilation import use_compilation_cache
 from jaxllm.config import Config
 from jaxllm.console import Console
 from jaxllm.report import full_report
+from jaxllm.resilience.phases import Phases, process_age_s
 from jaxllm.resilience.preemption import Preempted, stop_signals
 from jaxllm.startup import open_run
 from jaxllm.step import prepare
@@ -38,10 +39,18 @@ def train(
     *,
     overwrite: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
+    phases: Phases | None = None,
 ) -> Generator[Record, None, None]:
     """Trains to `config.steps`, from the newest save in workdir if there is one.
 
     Leaving the loop over its records early saves the run: it can be resumed.
+
+    Args:
+      config: all settings.
+      workdir: the run's own directory.
+      overwrite: delete the run in it first.
+      should_stop: asked before every step.
+      phases: of this process, which may be older than the run; None begins them now.
 
     Yields:
       A record of each logged step and each evaluation, as in metrics.jsonl.
@@ -51,7 +60,8 @@ def train(
       Preempted: should_stop said so, and the state is saved.
       FloatingPointError: a loss, gradient or update is not finite; none of it is saved.
     """
-    with open_run(config, Path(workdir), overwrite=overwrite) as run:
+    phases = phases or Phases()
+    with open_run(config, Path(workdir), phases, overwrite=overwrite) as run:
         if run is None:
             return
         state = run.state
@@ -60,7 +70,7 @@ def train(
         # and data position of one instant. Metrics are read one step late, so that the
         # devices never wait for the host.
         for step in range(run.first_step, config.steps):
-            stop = run.poll(should_stop())
+            stop = run.is_asked_to_stop(should_stop())
             if due(step, config.eval.every):
                 yield from run.evaluate(step, state)
             if stop or due(step, config.checkpoint.every):
@@ -87,7 +97,7 @@ def dry_run(config: Config) -> str:
 
 def main(argv: list[str]) -> int:
     del argv
-    values = absl_flags.FLAGS
+    values, phases = absl_flags.FLAGS, Phases(age_s=process_age_s())
     config = flags.config_from_flags()
     distributed.join(config.distributed)
     use_compilation_cache()
@@ -98,7 +108,11 @@ def main(argv: list[str]) -> int:
     with Console(config.steps) as console, stop_signals() as should_stop:
         console.take_logs(logging.INFO if distributed.is_lead() else logging.WARNING)
         records = train(
-            config, workdir, overwrite=values.overwrite, should_stop=should_stop
+            config,
+            workdir,
+            overwrite=values.overwrite,
+            should_stop=should_stop,
+            phases=phases,
         )
         try:
             # Whatever ends the loop, the run is saved now: as the interpreter shuts

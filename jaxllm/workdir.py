@@ -18,6 +18,7 @@ TOKENIZER = "tokenizer"
 _OWN = (
     "config.json",
     "metrics.jsonl",
+    "ledger.jsonl",
     CHECKPOINTS,
     "tensorboard",
     "wandb_id.txt",

@@ -25,6 +25,7 @@ from absl import flags as absl_flags
 
 from jaxllm import flags
 from jaxllm.config import CheckpointConfig, Config, EvalConfig, MeshConfig, ModelConfig
+from jaxllm.resilience.phases import Phases
 from jaxllm.startup import open_run
 
 FOREVER = 10**9
@@ -158,7 +159,7 @@ def framework_loop(config: Config) -> Generator[None]:
     """Runs a step of `train` each time, with its data, metrics and checks."""
     with (
         tempfile.TemporaryDirectory() as folder,
-        open_run(config, Path(folder), overwrite=False) as run,
+        open_run(config, Path(folder), Phases(), overwrite=False) as run,
     ):
         assert run is not None
         state = run.state

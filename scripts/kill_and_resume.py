@@ -30,13 +30,12 @@ import sharding
 from jaxllm import flags
 from jaxllm.checkpoint import Checkpoints, find_steps
 from jaxllm.config import Config, InputError
-from jaxllm.metrics import FILE
+from jaxllm.metrics import FILE, OF_THE_CLOCK
 from jaxllm.step import prepare
 from jaxllm.workdir import CHECKPOINTS
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 MOMENTS = ("start", "compile", "step", "save", "eval")
-OF_THE_CLOCK = {"tokens_per_s", "step_s", "data_wait_s", "mfu", "memory_bytes"}
 ROW = "{:>4}  {:<8} {:<8} {:>7} {:>7} {:>6}  {}".format
 POLL_S = 0.001
 

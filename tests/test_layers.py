@@ -17,7 +17,7 @@ PACKAGES = ("sharding", "pallas_kernels", "jaxllm")
 LAYERS = (
     ("sharding", "pallas_kernels"),
     ("jaxllm.errors",),
-    ("jaxllm.checks",),
+    ("jaxllm.checks", "jaxllm.jsonlines"),
     ("jaxllm.modelconfig",),
     ("jaxllm.config",),
     ("jaxllm.presets", "jaxllm.settings", "jaxllm.compilation"),
@@ -33,7 +33,7 @@ LAYERS = (
     ("jaxllm.evaluate", "jaxllm.generate"),
     ("jaxllm.run",),
     ("jaxllm.startup",),
-    ("jaxllm.train", "jaxllm.tokenize", "jaxllm.compare_meshes"),
+    ("jaxllm.train", "jaxllm.tokenize", "jaxllm.compare_meshes", "jaxllm.ledger"),
     ("jaxllm.checkpoint.__main__",),
 )
 STANDARD_LIBRARY_ONLY = (
@@ -66,7 +66,7 @@ EXTRAS = {
 }
 NOBODY_IMPORTS = (
     *("jaxllm.train", "jaxllm.tokenize", "jaxllm.generate"),
-    "jaxllm.compare_meshes",
+    *("jaxllm.compare_meshes", "jaxllm.ledger"),
 )
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

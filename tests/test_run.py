@@ -16,6 +16,7 @@ import pytest
 import sharding
 from jaxllm.config import InputError
 from jaxllm.configfile import config_to_dict
+from jaxllm.resilience.phases import Phases
 from jaxllm.startup import open_run
 from sharding import ShardingError
 
@@ -53,6 +54,7 @@ def test_a_command_trains_says_how_it_goes_and_ends_with_0(folder, run_command):
     assert present - {".lock"} == {
         "config.json",
         "metrics.jsonl",
+        "ledger.jsonl",
         "checkpoints",
         "tensorboard",
         "tokenizer",
@@ -138,8 +140,9 @@ def test_wrong_input_is_refused_before_a_directory_is_made(tiny, tmp_path):
         (tiny({"model.vocab_size": 256}), InputError),
     ]
     for config, kind in wrong:
-        with pytest.raises(kind), open_run(config, tmp_path / "run", overwrite=True):
-            pass
+        with pytest.raises(kind):
+            with open_run(config, tmp_path / "run", Phases(), overwrite=True):
+                pass
     assert list(tmp_path.iterdir()) == []
 
 
@@ -154,7 +157,7 @@ def test_a_save_remembers_what_made_its_batches_and_its_eval_loss(trained):
 
 
 def test_nothing_moves_to_the_devices_unasked_during_a_step(tiny, tmp_path):
-    with open_run(tiny(), tmp_path, overwrite=False) as run:
+    with open_run(tiny(), tmp_path, Phases(), overwrite=False) as run:
         assert run is not None
         batch = {name: np.asarray(rows) for name, rows in next(run.batches).items()}
         run.batches.close()
@@ -164,7 +167,7 @@ def test_nothing_moves_to_the_devices_unasked_during_a_step(tiny, tmp_path):
 
 
 def test_the_old_state_is_given_to_the_step(tiny, tmp_path):
-    with open_run(tiny(), tmp_path, overwrite=False) as run:
+    with open_run(tiny(), tmp_path, Phases(), overwrite=False) as run:
         assert run is not None
         old = run.state
         state, _ = run.update(0, old)
@@ -174,7 +177,7 @@ def test_the_old_state_is_given_to_the_step(tiny, tmp_path):
 
 def test_a_state_between_two_updates_is_saved_and_a_lost_one_is_not(tiny, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        with open_run(tiny(), tmp_path, overwrite=False) as run:
+        with open_run(tiny(), tmp_path, Phases(), overwrite=False) as run:
             assert run is not None
             state, metrics = run.update(0, run.state)
             list(run.log(0, metrics))
@@ -194,7 +197,7 @@ def test_a_state_is_restored_bitwise_onto_another_mesh(tiny, trained, tmp_path, 
         workdir = tmp_path / str(len(states))
         workdir.mkdir()
         (workdir / "checkpoints").symlink_to(trained / "checkpoints")
-        with open_run(config, workdir, overwrite=False) as run:
+        with open_run(config, workdir, Phases(), overwrite=False) as run:
             assert run is not None and run.first_step == 6
             used = run.state.params["embedding"].sharding.mesh.shape
             wanted = sharding.make_mesh(dataclasses.asdict(config.mesh)).shape
@@ -205,7 +208,7 @@ def test_a_state_is_restored_bitwise_onto_another_mesh(tiny, trained, tmp_path, 
 
 def test_what_was_chosen_is_said_once(tiny, tmp_path, caplog):
     with caplog.at_level(logging.INFO, "jaxllm"):
-        with open_run(tiny(), tmp_path, overwrite=False):
+        with open_run(tiny(), tmp_path, Phases(), overwrite=False):
             pass
     text = "\n".join(caplog.messages)
     for name in ("attention", "norm", "cross_entropy"):

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a process is doing: at each moment one phase, told to all who listen.
+
+The ledger adds the seconds of phases up, and whoever has to notice that one does not
+end listens too: both see the same boundaries.
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal, get_args
+
+Phase = Literal[
+    "start",  # imports, checks, opening the data, the first parameters
+    "compile",
+    "restore",
+    "data_wait",  # the next batch is not there yet
+    "step",  # an update: given to the devices, and its numbers waited for
+    "eval",
+    "save",  # what of a save the loop waits for
+    "other",  # writing metrics; whatever is done with the records of `train`
+]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+Listener = Callable[[Phase], None]
+
+
+class Phases:
+    """The phases of a process, in which its whole life adds up.
+
+    A phase within another one interrupts it.
+
+    Args:
+      age_s: how long the process has been at it already: its first phase, "start".
+      clock: seconds, monotonic.
+
+    Attributes:
+      step: updates begun, since the beginning of the run.
+    """
+
+    def __init__(
+        self, *, age_s: float = 0.0, clock: Callable[[], float] = time.monotonic
+    ):
+        self.step = 0
+        self._clock = clock
+        self._listeners: list[Listener] = []
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._now: Phase = "start"
+        self._since_s = clock() - age_s
+
+    @property
+    def now(self) -> Phase:
+        """The phase under way."""
+        return self._now
+
+    @contextlib.contextmanager
+    def __call__(self, phase: Phase) -> Iterator[None]:
+        """Counts what is done within as this phase."""
+        outer = self._now
+        self.begin(phase)
+        try:
+            yield
+        finally:
+            self.begin(outer)
+
+    def begin(self, phase: Phase) -> None:
+        """Ends the phase under way and begins another one."""
+        now_s = self._clock()
+        self._seconds[self._now] += now_s - self._since_s
+        self._now, self._since_s = phase, now_s
+        for listener in self._listeners:
+            listener(phase)
+
+    def listen(self, listener: Listener) -> None:
+        """Calls listener with every phase that begins from now on, in this thread."""
+        self._listeners.append(listener)
+
+    def seconds(self) -> dict[str, float]:
+        """Returns the seconds of each phase until now; their sum is the age."""
+        under_way = self._clock() - self._since_s
+        return {**self._seconds, self._now: self._seconds[self._now] + under_way}
+
+
+def process_age_s() -> float:
+    """Returns the seconds since this process began; 0 where Linux is not there to ask.
+
+    Source: proc(5), field 22 of /proc/self/stat: clock ticks since the machine booted.
+    """
+    stat = Path("/proc/self/stat")
+    if not stat.exists():
+        return 0.0
+    fields = stat.read_text().rpartition(")")[2].split()  # from field 3 on
+    began_s = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - began_s
