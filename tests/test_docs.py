@@ -45,6 +45,11 @@ ELSEWHERE = {  # beginning of a command: why it does not run here
     "python3.12 -m venv": "part of make test",
     ". .venv/bin/activate": "part of make test",
     "pip install": "part of make test",
+    "sbatch": "tests/test_slurm.py runs it, where there is a SLURM",
+    "SWEEP=sweep.txt sbatch": "so does it",
+    "export SRUN": "needs a cluster with containers",
+    "scripts/slurm/install.sh": "installs; .ci/run does",
+    "python scripts/slurm": "tests/test_slurm.py uses them, where there is a SLURM",
     ".venv/bin/pre-commit install": "would change the git hooks",
 }
 RUNS_HERE = (
