@@ -55,7 +55,7 @@ class MeshConfig:
 
     data: int = 1  # replicas: each has all parameters and its part of the batch
     fsdp: int = -1  # shards of parameters, optimizer state and batch
-    tensor: int = 1  # shards of heads, MLP width and vocabulary
+    tensor: int = 1  # shards of heads, MLP width, vocabulary; between them of rows
     expert: int = 1  # shards of experts, and of all else as fsdp
     context: int = 1  # parts of a row; its attention as config.kernels.context says
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Named meshes and partition rules: one letter a dimension, two tables, one plan."""
+"""Named meshes and partition rules: one letter a dim, tables of them, one plan."""
 
 from sharding.alphabet import LETTERS
 from sharding.arrays import (
@@ -11,6 +11,8 @@ from sharding.arrays import (
     gather,
     local,
     out_sharding,
+    place_like,
+    placed,
     reduce_to_storage,
 )
 from sharding.collectives import Collective, bill, read_collectives
@@ -18,13 +20,14 @@ from sharding.errors import ShardingError
 from sharding.mesh import AXES, abstract_mesh, make_mesh, resolve_sizes
 from sharding.placement import Placement
 from sharding.plan import Plan, Row, plan
-from sharding.rules import COMPUTE, STORAGE, named_sharding, spec
+from sharding.rules import COMPUTE, RESIDUAL, STORAGE, named_sharding, spec
 from sharding.zigzag import check_length, to_zigzag
 
 __all__ = [
     "AXES",
     "COMPUTE",
     "LETTERS",
+    "RESIDUAL",
     "STORAGE",
     "Collective",
     "Placement",
@@ -44,6 +47,8 @@ __all__ = [
     "make_mesh",
     "named_sharding",
     "out_sharding",
+    "place_like",
+    "placed",
     "plan",
     "read_collectives",
     "reduce_to_storage",

@@ -6,7 +6,7 @@ the same model runs on any mesh and on none. Where communication happens is visi
 the text: `gather` and `constrain` move data, `einsum` adds partial sums.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from sharding.rules import (
     COMPUTE,
     STORAGE,
     Table,
-    axes_by_letter,
+    axes_of_entry,
     cutting,
     free_axes,
     spec,
@@ -62,7 +62,9 @@ def einsum(
     )
 
 
-def add_products(*products: tuple[str, jax.Array, jax.Array]) -> jax.Array:
+def add_products(
+    *products: tuple[str, jax.Array, jax.Array], like: jax.Array
+) -> jax.Array:
     """Returns the sum of contractions to the same letters, by one sum over devices.
 
     Each device adds up its own parts of all products first. JAX's `unreduced` types say
@@ -70,21 +72,21 @@ def add_products(*products: tuple[str, jax.Array, jax.Array]) -> jax.Array:
 
     Args:
       products: subscripts and operands as for `einsum`.
+      like: lies where the result shall: as COMPUTE says or cut further.
     """
     each = [subscripts.partition("->")[::2] for subscripts, _, _ in products]
-    letters = {out for _, out in each}
     axes = {_contracted_axes(subscripts) for subscripts, _, _ in products}
-    assert len(letters) == len(axes) == 1, "parts of different sums"
+    assert len({out for _, out in each}) == len(axes) == 1, "parts of different sums"
+    summed, target = axes.pop(), placed(like)
 
     def block(*operands: jax.Array) -> jax.Array:
         pairs = zip(operands[::2], operands[1::2], products, strict=True)
         first, *rest = [jnp.einsum(name, x, y) for x, y, (name, _, _) in pairs]
-        total = sum(rest, first)
-        return jax.lax.psum(total, tuple(sorted(*axes))) if any(axes) else total
+        return _add_up(sum(rest, first), summed, target)
 
     ins = [operand for inputs, _ in each for operand in inputs.split(",")]
     operands = [operand for _, x, y in products for operand in (x, y)]
-    return local(block, ins, letters.pop())(*operands)
+    return local(block, ins, target)(*operands)
 
 
 def _contracted_axes(subscripts: str) -> frozenset[str]:
@@ -94,9 +96,36 @@ def _contracted_axes(subscripts: str) -> frozenset[str]:
     return frozenset(axis for letter in summed for axis in axes_of(letter))
 
 
+def _add_up(partial: jax.Array, axes: Set[str], target: jax.P | None) -> jax.Array:
+    """Adds up each device's part over axes; what target cuts by these is cut at once.
+
+    Only inside `local`.
+    """
+    left = set(axes)
+    for dim, entry in enumerate(target or ()):
+        if scattered := tuple(a for a in axes_of_entry(entry) if a in left):
+            left -= set(scattered)
+            partial = jax.lax.psum_scatter(
+                partial, scattered, scatter_dimension=dim, tiled=True
+            )
+    return jax.lax.psum(partial, tuple(sorted(left))) if left else partial
+
+
 def constrain(x: jax.Array, letters: str, table: Table = COMPUTE) -> jax.Array:
     """Returns x placed as table says, moving data where it is not there yet."""
     target = out_sharding(letters, table)
+    return x if target is None else jax.sharding.reshard(x, target)
+
+
+def placed(x: jax.Array) -> jax.P | None:
+    """Returns where x lies; None without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty else jax.typeof(x).sharding.spec
+
+
+def place_like(x: jax.Array, other: jax.Array) -> jax.Array:
+    """Returns x placed as another array with the same dims is."""
+    target = placed(other)
     return x if target is None else jax.sharding.reshard(x, target)
 
 
@@ -110,7 +139,7 @@ def gather(w: jax.Array, letters: str, dtype: jax.typing.DTypeLike) -> jax.Array
 
 def local(
     function: Callable[..., Any],
-    ins: Sequence[str],
+    ins: Sequence[Out],
     outs: Out | tuple[Out, ...],
 ) -> Callable[..., Any]:
     """Wraps a function of blocks in `shard_map`: each device gets its part by COMPUTE.
@@ -122,8 +151,8 @@ def local(
 
     Args:
       function: takes one array for each entry of ins; sees local shapes only.
-      ins: letters of the arguments.
-      outs: letters of the result, or its spec, or a tuple of them.
+      ins: letters of the arguments, or their specs.
+      outs: the same of the result, or of each of several.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -134,16 +163,18 @@ def local(
             return tuple(map(place, out))
         return spec(out, COMPUTE, mesh) if isinstance(out, str) else out
 
-    return _local(function, tuple(ins), tuple(map(place, ins)), place(outs))
+    return _local(function, tuple(map(place, ins)), place(outs))
 
 
-def _local(function, ins, in_specs, out_specs):
+def _local(function, in_specs, out_specs):
     """Differentiates inside `shard_map`, each device its own part.
 
     The transpose that JAX makes of a `shard_map` adds gradients up along every axis
     that does not cut an argument, also along those that cut nothing here.
     """
-    cuts = [{axis for letter in letters for axis in axes_of(letter)} for letters in ins]
+    cuts = [
+        {axis for entry in each for axis in axes_of_entry(entry)} for each in in_specs
+    ]
     axes = tuple(sorted(set().union(*cuts)))
 
     mesh = jax.sharding.get_abstract_mesh()
@@ -217,14 +248,6 @@ def reduce_to_storage(partial: jax.Array, letters: str) -> jax.Array:
     COMPUTE like the parameter in use. An axis that cuts the parameter then has brought
     it the whole batch along that axis already, as `expert` does.
     """
-    mesh = jax.sharding.get_abstract_mesh()
     in_use = {axis for letter in letters for axis in axes_of(letter)}
     left = {axis for letter in "BT" for axis in axes_of(letter)} - in_use
-    by_letter = [] if mesh.empty else axes_by_letter(letters, STORAGE, mesh)
-    for dim, axes in enumerate(by_letter):
-        if scattered := tuple(axis for axis in axes if axis in left):
-            left -= set(scattered)
-            partial = jax.lax.psum_scatter(
-                partial, scattered, scatter_dimension=dim, tiled=True
-            )
-    return jax.lax.psum(partial, tuple(sorted(left))) if left else partial
+    return _add_up(partial, left, out_sharding(letters, STORAGE))

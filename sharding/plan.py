@@ -12,7 +12,15 @@ import jax
 from sharding.alphabet import LETTERS
 from sharding.errors import ShardingError
 from sharding.report import format_table
-from sharding.rules import COMPUTE, STORAGE, AnyMesh, Table, axes_by_letter, spec
+from sharding.rules import (
+    RESIDUAL,
+    STORAGE,
+    AnyMesh,
+    Table,
+    axes_by_letter,
+    axes_of_entry,
+    spec,
+)
 
 LARGE_BYTES = 2**20  # a parameter from here on may not stay whole on every device
 
@@ -99,7 +107,7 @@ def plan(
       mesh: real or abstract.
       table: places parameters by letter.
       overrides: pattern that must match a whole path -> its spec; the first match wins.
-      dims: letter -> (setting, size) of activations, checked against COMPUTE.
+      dims: letter -> (setting, size) of activations, checked against RESIDUAL.
 
     Raises:
       ShardingError: unknown letter; letters that do not fit the rank; a mesh axis used
@@ -186,7 +194,7 @@ def _misfits_of_dims(dims, mesh) -> list[str]:
             letter,
             size,
             mesh,
-            *axes_by_letter(letter, COMPUTE, mesh),
+            *axes_by_letter(letter, RESIDUAL, mesh),
         )
     ]
 
@@ -197,7 +205,7 @@ def _misfits_of_spec(path, shape, placed, mesh) -> list[str]:
     problems = []
     used: list[str] = []
     for size, entry in zip(shape, placed, strict=False):
-        axes = (entry,) if isinstance(entry, str) else tuple(entry or ())
+        axes = axes_of_entry(entry)
         if unknown := [a for a in axes if a not in mesh.shape]:
             problems.append(f"{path}: override names unknown mesh axes {unknown}.")
             continue
@@ -225,7 +233,7 @@ def _replicated(row: Row, mesh: AnyMesh, table: Table) -> list[str]:
 
 def _unused_axes(rows: list[Row], mesh: AnyMesh, table: Table) -> list[str]:
     storage = {a for axes in table.values() for a in axes}
-    used = {a for row in rows for entry in row.spec for a in _entry_axes(entry)}
+    used = {a for row in rows for entry in row.spec for a in axes_of_entry(entry)}
     return [
         f"mesh axis {axis}={mesh.shape[axis]} cuts no parameter; use {axis}=1."
         for axis in mesh.shape
@@ -233,13 +241,9 @@ def _unused_axes(rows: list[Row], mesh: AnyMesh, table: Table) -> list[str]:
     ]
 
 
-def _entry_axes(entry) -> tuple[str, ...]:
-    return (entry,) if isinstance(entry, str) else tuple(entry or ())
-
-
 def _num_shards(placed: jax.P, mesh: AnyMesh) -> int:
     return math.prod(
-        mesh.shape.get(a, 1) for entry in placed for a in _entry_axes(entry)
+        mesh.shape.get(a, 1) for entry in placed for a in axes_of_entry(entry)
     )
 
 

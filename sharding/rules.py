@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two partition tables, and how letters become a `PartitionSpec`.
+"""The partition tables, and how letters become a `PartitionSpec`.
 
 COMPUTE places activations, and weights while they are used. STORAGE places parameters,
 gradients and optimizer state at rest: it also cuts D, which a use gathers first.
+RESIDUAL places what is between the layers' products, where `tensor` cuts no width.
 
 Between layers of experts, `expert` is one more axis of the batch.
 """
@@ -37,6 +38,11 @@ STORAGE: Table = {
     "E": ("expert",),
     "L": ("stage",),
 }
+
+# The residual stream and its norms. No letter of theirs is cut by `tensor`, which would
+# have them whole on each of its devices: it cuts T, as in sequence parallelism
+# (Korthikanti et al., arXiv:2205.05198).
+RESIDUAL: Table = {**COMPUTE, "T": ("context", "tensor")}
 
 # It leaves an axis to another letter of its tensor: D is cut by `expert` in all weights
 # but those of the experts.
@@ -120,6 +126,11 @@ def spec(letters: str, table: Table, mesh: AnyMesh) -> jax.P:
             taken[axis] = letter
         entries.append(axes[0] if len(axes) == 1 else tuple(axes) or None)
     return jax.P(*entries)
+
+
+def axes_of_entry(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Returns the mesh axes that a spec names for one dim."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def named_sharding(

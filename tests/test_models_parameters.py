@@ -109,9 +109,12 @@ def test_project_has_the_value_and_gradients_of_a_plain_contraction(sizes, dtype
     np.testing.assert_array_equal(dw, np.einsum("BTD,BTNH->DNH", x, dy))
 
 
-@pytest.mark.parametrize("rematted", [False, True])
+@pytest.mark.parametrize(
+    ("rematted", "table"),
+    [(False, sharding.COMPUTE), (True, sharding.COMPUTE), (True, sharding.RESIDUAL)],
+)
 @pytest.mark.parametrize("sizes", MESH_SIZES)
-def test_project_all_adds_up_the_gradients_of_x(sizes, rematted):
+def test_project_all_adds_up_the_gradients_of_x(sizes, rematted, table):
     mesh = sharding.make_mesh(sizes, jax.devices()[: 8 if sizes else 1])
     x, weights = whole((8, 4, 16), 0), (whole((16, 4, 2), 1), whole((16, 2, 2), 2))
     dys = whole((8, 4, 4, 2), 3), whole((8, 4, 2, 2), 4)
@@ -127,7 +130,7 @@ def test_project_all_adds_up_the_gradients_of_x(sizes, rematted):
     letters, out_letters = ("DNH", "DKH"), ("BTNH", "BTKH")
     with jax.set_mesh(mesh):
         ys, (dx, dweights) = jax.jit(pull)(
-            put(x, "BTD", sharding.COMPUTE, mesh),
+            put(x, "BTD", table, mesh),
             tuple(
                 put(w, axes, sharding.STORAGE, mesh)
                 for w, axes in zip(weights, letters, strict=True)
@@ -146,6 +149,7 @@ def test_project_all_adds_up_the_gradients_of_x(sizes, rematted):
         assert dw.sharding.spec == sharding.spec(axes, sharding.STORAGE, mesh)
         parts.append(np.einsum(f"{out},{axes}->BTD", dy, w))
     np.testing.assert_array_equal(dx, sum(parts))
+    assert dx.sharding.spec == sharding.spec("BTD", table, mesh)
 
 
 @pytest.mark.parametrize("sizes", MESH_SIZES)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import sharding
-from sharding import COMPUTE, STORAGE
+from sharding import COMPUTE, RESIDUAL, STORAGE
 
 SIZES = dict(B=8, T=4, D=16, N=4, H=2, V=32, F=8)
 
@@ -95,6 +95,19 @@ def test_constrain_moves_data_and_changes_none_of_it(mesh):
     np.testing.assert_array_equal(back, x)
 
 
+def test_place_like_moves_data_to_where_another_array_is(mesh):
+    x, other = draw("BTD"), draw("BTD", 1)
+    plain = jnp.asarray(x)
+    assert sharding.placed(plain) is None
+    assert sharding.place_like(plain, jnp.asarray(other)) is plain
+    with jax.set_mesh(mesh):
+        other = put(other, "BTD", RESIDUAL, mesh)
+        assert sharding.placed(other) == jax.P(("data", "fsdp"), "tensor", None)
+        moved = jax.jit(sharding.place_like)(put(x, "BTD", COMPUTE, mesh), other)
+    assert moved.sharding == other.sharding
+    np.testing.assert_array_equal(moved, x)
+
+
 def test_axes_of_names_the_axes_that_cut_a_letter(mesh):
     assert sharding.axes_of("B") == ()
     assert sharding.out_sharding("BT") is None
@@ -129,12 +142,21 @@ def test_local_gives_each_device_its_part(mesh):
     assert doubled.sharding.spec == jax.P(("data", "fsdp"), None)
 
 
-def test_local_adds_up_gradients_over_the_devices_that_share_an_argument(mesh):
+@pytest.mark.parametrize(
+    ("table", "shared"),
+    # That of x is whole on each device of tensor, or a part of T.
+    [(COMPUTE, "('data', 'fsdp')"), (RESIDUAL, "('data', 'fsdp', 'tensor')")],
+)
+def test_local_adds_up_gradients_over_the_devices_that_share_an_argument(
+    mesh, table, shared
+):
     def scaled(x, scale, ids):
         return x * scale[None, None] * ids[..., None].astype(x.dtype)
 
     def loss(x, scale, ids, weights):
-        out = sharding.local(scaled, ("BTD", "D", "BT"), "BTD")(x, scale, ids)
+        where = sharding.placed(x)
+        ins = (where, "D", sharding.placed(ids))
+        out = sharding.local(scaled, ins, where)(x, scale, ids)
         return (out * weights).sum()
 
     x, scale, weights = draw("BTD"), draw("D", 1), draw("BTD", 2)
@@ -143,18 +165,17 @@ def test_local_adds_up_gradients_over_the_devices_that_share_an_argument(mesh):
     expected = gradient(jnp.asarray(x), jnp.asarray(scale), ids, weights)
     with jax.set_mesh(mesh):
         args = (
-            put(x, "BTD", COMPUTE, mesh),
+            put(x, "BTD", table, mesh),
             put(scale, "D", COMPUTE, mesh),
-            put(ids, "BT", COMPUTE, mesh),
-            put(weights, "BTD", COMPUTE, mesh),
+            put(ids, "BT", table, mesh),
+            put(weights, "BTD", table, mesh),
         )
         got = jax.jit(gradient)(*args)
         jaxpr = str(jax.make_jaxpr(gradient)(*args))
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_array_equal(a, b)
-    # That of x is whole on each device: tensor cuts nothing here.
     assert jaxpr.count("psum[") == 1
-    assert "psum[axes=('data', 'fsdp')" in jaxpr
+    assert f"psum[axes={shared}" in jaxpr
 
 
 @pytest.mark.parametrize("letters", ["VD", "DNH", "NH", "H"])

@@ -86,6 +86,14 @@ def test_an_indivisible_batch_names_its_setting_and_both_axes():
     assert "B=96 or 104" in text
 
 
+def test_rows_that_the_residual_stream_cannot_cut_are_a_problem():
+    mesh = abstract_mesh(dict(context=2, tensor=4))
+    dims = {"T": ("config.data.sequence_length", 36)}
+    (text,) = problems(mesh=mesh, dims=dims)
+    assert text.startswith("config.data.sequence_length=36: T (query positions) = 36")
+    assert "mesh context=2 * tensor=4; use T=32 or 40" in text
+
+
 def test_an_unknown_letter_is_a_problem():
     (text,) = problems(shapes={**SHAPES, "odd": ("DX", (64, 3))})
     assert text.startswith("odd: letter 'X'")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Letters become partition specs by two tables."""
+"""Letters become partition specs by tables."""
 
 import jax
 import pytest
@@ -8,6 +8,7 @@ from sharding import (
     AXES,
     COMPUTE,
     LETTERS,
+    RESIDUAL,
     STORAGE,
     ShardingError,
     abstract_mesh,
@@ -50,6 +51,20 @@ def test_compute_gathers_what_storage_cuts_by_model_width(letters, compute, stor
 def test_the_width_leaves_the_expert_axis_to_experts(letters, compute, storage):
     assert spec(letters, COMPUTE, EXPERTS) == compute
     assert spec(letters, STORAGE, EXPERTS) == storage
+
+
+@pytest.mark.parametrize(
+    ("sizes", "residual"),
+    [
+        (dict(data=4), jax.P("data", None, None)),
+        (dict(fsdp=2, tensor=4), jax.P("fsdp", "tensor", None)),
+        (dict(context=2, tensor=4), jax.P(None, ("context", "tensor"), None)),
+    ],
+)
+def test_the_residual_stream_is_cut_by_every_axis_that_cuts_activations(
+    sizes, residual
+):
+    assert spec("BTD", RESIDUAL, abstract_mesh(sizes)) == residual
 
 
 def test_axes_of_size_1_vanish():

@@ -54,9 +54,15 @@ BUDGETS = {
     "fsdp 8": WEIGHTS,
     # Those of a layer in one for each microbatch; embedding and output once a step.
     "data 8 x fsdp 8": WEIGHTS | {("all-reduce", "data"): MICROBATCHES * LAYERS + 1},
-    # Two forward and two backward in a layer, the embedding's rows; those of the loss.
     "fsdp 8 x tensor 8": WEIGHTS
-    | {("all-reduce", "tensor"): MICROBATCHES * (LAYERS * 4 + 1) + CHUNKS},
+    | {
+        # Gathered: the inputs of attention and MLP, again for the weights' gradients,
+        # and the gradients of their outputs; before the loss, before the embedding's
+        # gradient. Added up: both outputs, both gradients; the embedding's rows.
+        ("all-gather", "tensor"): MICROBATCHES * (LAYERS * 6 + 2),
+        ("reduce-scatter", "tensor"): MICROBATCHES * (LAYERS * 4 + 1),
+        ("all-reduce", "tensor"): CHUNKS,  # those of the loss
+    },
 }
 PLANTED = "planted"
 FAST = "--xla_backend_optimization_level=0 --xla_gpu_enable_triton_gemm=false"

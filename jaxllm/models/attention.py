@@ -67,6 +67,7 @@ class Attention(nnx.Module):
             }
             out_BTNH = self._attend_cached(q_BTNH, cache, positions_BT)
         out_BTD = project("BTNH,NHD->BTD", out_BTNH, self.out[...], self.rematted)
+        out_BTD = sharding.place_like(out_BTD, x_BTD)
         if self.config.bias == "all":
             out_BTD = add_bias(out_BTD, self.out_bias[...], "D")
         return checkpoint_name(out_BTD, "attention_out"), cache

@@ -5,6 +5,7 @@ import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+import sharding
 from jaxllm.config import ModelConfig
 from jaxllm.models.parameters import add_bias, matrix, project, project_all, vector
 
@@ -48,6 +49,7 @@ class MLP(nnx.Module):
             swiglu = self.config.mlp == "swiglu"
             h_BTF = h_BTF * (jax.nn.silu if swiglu else jax.nn.gelu)(gate_BTF)
         out_BTD = project("BTF,FD->BTD", h_BTF, self.down[...], rematted)
+        out_BTD = sharding.place_like(out_BTD, x_BTD)
         if biased:
             out_BTD = add_bias(out_BTD, self.down_bias[...], "D")
         return checkpoint_name(out_BTD, "mlp_out")

@@ -48,15 +48,16 @@ class MoE(nnx.Module):
         """Returns the layer's output and what `route` says of it.
 
         Args:
-          x_BTD: normed input.
+          x_BTD: normed input, which the output lies like.
           is_token_BT: false for padding, whose output is that of shared experts only.
           drop: whether the capacity holds; decoding sees too few tokens for it.
         """
         moe = self.config.moe
+        whole_BTD = sharding.constrain(x_BTD, "BTD")
         capacity = self._capacity(x_BTD.shape[1]) if drop else None
         bias_R = self.router_bias[...] if moe.balance == "bias" else None
         with jax.named_scope("router"):
-            logits_BTR = self._logits(x_BTD)
+            logits_BTR = self._logits(whole_BTD)
             routes, stats = route(logits_BTR, bias_R, is_token_BT, moe, capacity)
         experts = Experts(
             num_experts=moe.num_experts,
@@ -69,8 +70,9 @@ class MoE(nnx.Module):
             weights["gate"] = self.gate[...]
         with jax.named_scope("experts"):
             out_BTD = run_experts(
-                experts, x_BTD, routes.share_BTA, routes.choice_BTA, weights
+                experts, whole_BTD, routes.share_BTA, routes.choice_BTA, weights
             )
+            out_BTD = sharding.place_like(out_BTD, x_BTD)
         if moe.num_shared_experts:
             with jax.named_scope("shared_experts"):
                 out_BTD = out_BTD + self.shared(x_BTD)

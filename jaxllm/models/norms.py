@@ -24,11 +24,12 @@ class Norm(nnx.Module):
             self.bias = vector(0.0, (config.d_model,), "D")
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        return self._run("BTD", x_BTD)
+        return self._run(sharding.placed(x_BTD), x_BTD)
 
     def add(self, x_BTD: jax.Array, y_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns the norm of x + y, and x + y: one pass of a kernel over both."""
-        return self._run(("BTD", "BTD"), x_BTD, residual=y_BTD)
+        place = sharding.placed(x_BTD)
+        return self._run((place, place), x_BTD, residual=y_BTD)
 
     def _run(self, outs: Any, x_BTD: jax.Array, **added_BTD: jax.Array) -> Any:
         layer = self.config.norm == "layernorm"
@@ -48,7 +49,8 @@ class Norm(nnx.Module):
             sharding.gather(vector[...], "D", jnp.float32)
             for vector in parameters.values()
         ]
-        ins = ("BTD", *("D" for _ in vectors), *("BTD" for _ in added_BTD))
+        place = sharding.placed(x_BTD)
+        ins = (place, *("D" for _ in vectors), *(place for _ in added_BTD))
         return sharding.local(run, ins, outs)(x_BTD, *vectors, *added_BTD.values())
 
 

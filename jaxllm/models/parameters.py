@@ -70,7 +70,8 @@ def project_all(
 
     Args:
       subscripts: "x letters,w letters,...->out letters,...", as many as weights.
-      x: placed by COMPUTE; its dtype is the matmul's.
+      x: placed by COMPUTE, or by RESIDUAL: then each pass gathers it, and its gradient
+        is cut like it. Its dtype is the matmul's.
       weights: float32, placed by STORAGE.
       rematted: the call is inside `jax.checkpoint`, whose second forward pass gathers
         already: its backward pass then takes that, instead of a third gather.
@@ -81,8 +82,9 @@ def project_all(
 def _project_forward(subscripts, x, weights, rematted):
     x_letters, each = _letters(subscripts, len(weights))
     used = _gather_all(each, weights, x.dtype)
+    whole = sharding.constrain(x, x_letters)
     outs = tuple(
-        sharding.einsum(f"{x_letters},{w_letters}->{y_letters}", x, w)
+        sharding.einsum(f"{x_letters},{w_letters}->{y_letters}", whole, w)
         for (w_letters, y_letters), w in zip(each, used, strict=True)
     )
     return outs, (x, used if rematted else weights)
@@ -91,17 +93,19 @@ def _project_forward(subscripts, x, weights, rematted):
 def _project_backward(subscripts, rematted, saved, dys):
     x, weights = saved
     x_letters, each = _letters(subscripts, len(weights))
+    whole = sharding.constrain(x, x_letters)
     used = weights if rematted else _gather_all(each, weights, x.dtype)
     dx = sharding.add_products(
         *(
             (f"{y_letters},{w_letters}->{x_letters}", dy, w)
             for (w_letters, y_letters), dy, w in zip(each, dys, used, strict=True)
-        )
+        ),
+        like=x,
     )
     dweights = tuple(
         sharding.einsum(
             f"{x_letters},{y_letters}->{w_letters}",
-            x,
+            whole,
             dy,
             table=sharding.STORAGE,
             dtype=jnp.float32,

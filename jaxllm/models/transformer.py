@@ -153,10 +153,14 @@ class Transformer(nnx.Module):
             is_token_BT = segments_BT > 0 if known else jnp.ones_like(tokens_BT, bool)
         with jax.named_scope("embedding"):
             x_BTD = embed(tokens_BT, self.embedding[...], jnp.dtype(self.config.dtype))
+            # Tokens that are generated come one by one: nothing cuts their T.
+            table = sharding.COMPUTE if cache is not None else sharding.RESIDUAL
+            x_BTD = sharding.constrain(x_BTD, "BTD", table)
         where = (positions_BT, segments_BT, is_token_BT)
         x_BTD, cache, stats = self._run_blocks(x_BTD, where, cache)
         with jax.named_scope("final_norm"):
-            return self.final_norm(x_BTD), cache, stats
+            x_BTD = sharding.constrain(self.final_norm(x_BTD), "BTD")
+            return x_BTD, cache, stats
 
     def output_weights(self) -> tuple[jax.Array, str]:
         """Returns the parameter that maps x to logits, and its letters."""
