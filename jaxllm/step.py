@@ -2,7 +2,7 @@
 """The state of a run and the compiled functions that read and change it."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -207,9 +207,26 @@ def _accumulate(setup: Setup, params: Any, batch: Batch):
         return sums["objective"], sums
 
     gradient = jax.grad(loss, has_aux=True)
-    parts = setup.config.optimizer.microbatches
-    if parts == 1:
+    if setup.config.optimizer.microbatches == 1:
+        # Replicas add up a layer's gradients while those of the next are made.
         return gradient(params, batch)
+
+    def run(params, batch):
+        return _add_microbatches(setup, gradient, params, batch)
+
+    def run_replica(params, batch):
+        return jax.lax.psum(run(params, batch), "data")
+
+    if setup.mesh.shape["data"] == 1:
+        return run(params, batch)
+    # Each replica adds up its own microbatches; then all of them do, once a step.
+    ins = jax.P(), jax.P("data")
+    return sharding.along("data", run_replica, ins, jax.P())(params, dict(batch))
+
+
+def _add_microbatches(setup: Setup, gradient: Callable, params: Any, batch: Batch):
+    """Returns the sums of what gradient returns for each microbatch, one by one."""
+    parts = setup.config.optimizer.microbatches
 
     # Row r goes to microbatch r % parts: splitting dim 0 the other way round would give
     # each microbatch to a few of the devices only.

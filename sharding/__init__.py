@@ -3,6 +3,7 @@
 
 from sharding.alphabet import LETTERS
 from sharding.arrays import (
+    add_along,
     add_products,
     along,
     axes_of,
@@ -35,6 +36,7 @@ __all__ = [
     "Row",
     "ShardingError",
     "abstract_mesh",
+    "add_along",
     "add_products",
     "along",
     "axes_of",

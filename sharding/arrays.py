@@ -232,13 +232,27 @@ def along(
 
     Args:
       axis: of the mesh.
-      function: may use everything here, `local` too, and collectives over axis.
+      function: may use everything here, `local` too, and collectives over axis; a
+        `jax.grad` inside is that of the sum of what all devices along axis return.
       ins: specs that name no other axis, one for each argument, or trees of them.
       outs: the same of the result.
     """
     return jax.shard_map(
         function, in_specs=ins, out_specs=outs, axis_names={axis}, check_vma=False
     )
+
+
+def add_along(letter: str, x: jax.Array) -> jax.Array:
+    """Returns the sum of x over the axes of a letter that `along` has taken, if any.
+
+    Outside of `local`: what is a sum over the whole batch there is one over the rows of
+    a replica inside of `along("data", ...)`, which this completes.
+    """
+    manual = jax.sharding.AxisType.Manual
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    taken = tuple(a for a in COMPUTE[letter] if kinds.get(a) == manual)
+    return jax.lax.psum(x, taken) if taken else x
 
 
 def reduce_to_storage(partial: jax.Array, letters: str) -> jax.Array:

@@ -129,6 +129,15 @@ def test_data_parallel_steps_add_up_each_gradient_once(setups, steps, layer):
     }
 
 
+def test_replicas_add_up_gradients_once_a_step_whatever_the_microbatches(layer):
+    optimizer = dataclasses.replace(CONFIG.optimizer, microbatches=2)
+    config = dataclasses.replace(CONFIG, optimizer=optimizer)
+    setup = prepare(config, sharding.make_mesh(MESHES["data"]))
+    found = counted(moved(setup, compile_step(setup)))
+    # Outside of all loops: layers, and embedding, output, final norm.
+    assert found == {"all-reduce": layer["matrix"] + layer["scale"] + 3}
+
+
 @pytest.mark.parametrize("name", ["fsdp", "tensor"])
 def test_weights_are_gathered_once_forward_and_once_backward(
     setups, steps, layer, name

@@ -240,3 +240,24 @@ def test_along_one_axis_the_tables_know_the_others_only(mesh):
     )
     assert dx_BTD.sharding.spec == sharding.spec("BTD", COMPUTE, mesh)
     assert dw_DF.sharding.spec == sharding.spec("DF", STORAGE, mesh)
+
+
+def test_add_along_completes_sums_over_the_batch(mesh):
+    x_BTD, w_D = draw("BTD"), draw("D", 1)
+
+    def loss(x_BTD, w_D, share):
+        total = sharding.add_along("B", (x_BTD * w_D[None, None]).sum())
+        return share * total**2
+
+    def replica(x_BTD, w_D):
+        values = jax.value_and_grad(loss, (0, 1))(x_BTD, w_D, 0.5)
+        total, (dx_BTD, dw_D) = values
+        return jax.lax.psum(total, "data"), dx_BTD, jax.lax.psum(dw_D, "data")
+
+    expected, (dx_BTD, dw_D) = jax.value_and_grad(loss, (0, 1))(x_BTD, w_D, 1.0)
+    batch, rest = jax.P("data"), jax.P()
+    with jax.set_mesh(mesh):
+        run = sharding.along("data", replica, (batch, rest), (rest, batch, rest))
+        got = jax.jit(run)(put(x_BTD, "BTD", COMPUTE, mesh), put(w_D, "D", {}, mesh))
+    for a, b in zip(got, (expected, dx_BTD, dw_D), strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -2,8 +2,9 @@
 """What a step communicates on meshes of 8 and 64 H200s that are not there.
 
 The numbers follow from the design: weights are gathered once for each pass, gradients
-reduced once a microbatch. Arrays of less than `SMALL` elements, of norms and metrics,
-are not counted. One process compiles for all meshes: this file, run as a program.
+reduced over `fsdp` once a microbatch, over `data` once a step. Arrays of less than
+`SMALL` elements, of norms and metrics, are not counted. One process compiles for all
+meshes: this file, run as a program.
 """
 
 import collections
@@ -52,8 +53,7 @@ WEIGHTS = {("all-gather", "fsdp"): GATHERS, ("reduce-scatter", "fsdp"): SCATTERS
 CHUNKS = 128 // 8  # of a sequence each, on a device of fsdp 8
 BUDGETS = {
     "fsdp 8": WEIGHTS,
-    # Those of a layer in one for each microbatch; embedding and output once a step.
-    "data 8 x fsdp 8": WEIGHTS | {("all-reduce", "data"): MICROBATCHES * LAYERS + 1},
+    "data 8 x fsdp 8": WEIGHTS | {("all-reduce", "data"): 1},  # of all gradients
     "fsdp 8 x tensor 8": WEIGHTS
     | {
         # Gathered: the inputs of attention and MLP, again for the weights' gradients,

@@ -63,6 +63,7 @@ def route(
     share_BTA = jnp.where(is_token_BT1, share_BTA, 0.0)
     count_BR = _count(choice_BTA, config.num_experts)
     if bias_R is not None:
+        # Of this replica's tokens if `along` parts them: gradients are added up later.
         count_R = count_BR.sum(0)
         share_BTA = _pass_error_to(bias_R, count_R - count_R.mean(), share_BTA)
     stats = _statistics(logits_BTR, scores_BTR, count_BR, is_token_BT, config, capacity)
@@ -98,15 +99,18 @@ def _count(choice_BTA, num_experts):
 
 
 def _statistics(logits_BTR, scores_BTR, count_BR, is_token_BT, config, capacity):
-    num_tokens = jnp.maximum(is_token_BT.sum().astype(jnp.float32), 1.0)
+    def total(x):
+        return sharding.add_along("B", x)
+
+    num_tokens = jnp.maximum(total(is_token_BT.sum().astype(jnp.float32)), 1.0)
 
     def mean(x):
         is_token = is_token_BT.reshape(is_token_BT.shape + (1,) * (x.ndim - 2))
-        return jnp.where(is_token, x, 0.0).sum((0, 1)) / num_tokens
+        return total(jnp.where(is_token, x, 0.0).sum((0, 1))) / num_tokens
 
     part_BTR = scores_BTR / scores_BTR.sum(-1, keepdims=True)
     num_pairs = num_tokens * config.experts_per_token
-    load_R = count_BR.sum(0) * (config.num_experts / num_pairs)
+    load_R = total(count_BR.sum(0)) * (config.num_experts / num_pairs)
     # Fedus et al., "Switch Transformers" (arXiv:2101.03961), equation 4, for any number
     # of experts a token.
     balance_loss = (load_R * mean(part_BTR)).sum()
@@ -124,7 +128,7 @@ def _statistics(logits_BTR, scores_BTR, count_BR, is_token_BT, config, capacity)
         "router_entropy": mean(jax.scipy.special.entr(part_BTR).sum(-1)) / even,
     }
     if capacity is not None:
-        dropped = jnp.maximum(count_BR - capacity, 0.0).sum()
+        dropped = total(jnp.maximum(count_BR - capacity, 0.0).sum())
         stats["router_dropped"] = dropped / num_pairs
     return {"penalty": penalty, **jax.lax.stop_gradient(stats)}
 
