@@ -16,6 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxllm.config import DistributedConfig, InputError
+from jaxllm.gpuflags import describe_flags
 from jaxllm.launch import check_devices, check_host_name, find_launch, local_devices
 
 _MESSAGE_BYTES = 4096
@@ -47,10 +48,11 @@ def join(config: DistributedConfig) -> None:
 
 
 def describe() -> str:
-    """Returns how many processes and devices take part, as a line of the report."""
+    """Returns what takes part and how it is set up, as lines of the report."""
     device, number = jax.devices()[0], jax.process_count()
     processes = f"{number} processes" if number > 1 else "1 process"
-    return f"{'devices':<16} {jax.device_count()} {device.device_kind} in {processes}"
+    devices = f"{jax.device_count()} {device.device_kind} in {processes}"
+    return f"{'devices':<16} {devices}{describe_flags(os.environ)}"
 
 
 def is_lead() -> bool:

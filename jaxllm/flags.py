@@ -25,6 +25,7 @@ from jaxllm.checkpoint import CheckpointError
 from jaxllm.config import Config, InputError
 from jaxllm.configfile import load_config, override
 from jaxllm.errors import FAILED, FINISHED, RESUMABLE, WRONG_INPUT
+from jaxllm.gpuflags import has_gpus, prepare_gpus
 from jaxllm.savedconfig import read_config
 from jaxllm.settings import setting_types, settings, unknown_setting
 from pallas_kernels.self_check import KernelMismatch
@@ -48,6 +49,7 @@ def run(main: Callable[[list[str]], int | None], *, positionals: bool = False):
         return _parse(argv, positionals)
 
     try:
+        prepare_gpus(os.environ, gpus=has_gpus(jax.config.jax_platforms))
         app.run(main, flags_parser=parse)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from here.", file=sys.stderr)

@@ -20,7 +20,7 @@ LAYERS = (
     ("jaxllm.checks", "jaxllm.jsonlines"),
     ("jaxllm.modelconfig",),
     ("jaxllm.config",),
-    ("jaxllm.presets", "jaxllm.settings", "jaxllm.compilation"),
+    ("jaxllm.presets", "jaxllm.settings", "jaxllm.compilation", "jaxllm.gpuflags"),
     ("jaxllm.configfile", "jaxllm.console", "jaxllm.resilience"),
     ("jaxllm.savedconfig", "jaxllm.launch"),
     ("jaxllm.distributed",),
