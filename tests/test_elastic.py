@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run goes on with another number of processes: the same batches, exactly.
+
+Every process writes down the parts of the batches that its devices hold. Three mixed
+paths, packed; the same devices in all, whatever the number of processes. PROCESSES in
+the environment changes the numbers: PROCESSES="4 2 3 1" takes about a minute.
+"""
+
+import json
+import math
+import os
+import pprint
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxllm import tokenize
+from jaxllm.checkpoint import find_steps
+
+NUMBERS = [int(number) for number in os.environ.get("PROCESSES", "3 2 1").split()]
+NUM_DEVICES = math.lcm(3, *NUMBERS)
+STEPS = 2 * len(NUMBERS) + 2
+SHAPE = (12, 32)  # of a batch
+LIFE_S = 250
+RTOL = 5e-7  # a few units in the last place of float32
+RECORDING = """
+import os, signal, sys
+import jax, numpy as np
+from jaxllm import flags, startup, train
+
+folder, stop_at = os.environ["RECORD"], int(os.environ["STOP_AT"])
+load_batches = startup.load_batches
+
+class Recorded:
+    def __init__(self, batches, step):
+        self.batches, self.step = batches, step
+    def __enter__(self):
+        return self
+    def __exit__(self, *error):
+        self.batches.close()
+    def __next__(self):
+        batch = next(self.batches)
+        whole = {}
+        for name, x in batch.items():
+            whole[name] = np.full(x.shape, -9, np.int32)  # -9: not held here
+            for shard in x.addressable_shards:
+                whole[name][shard.index] = shard.data
+        np.savez(f"{folder}/{self.step}-{jax.process_index()}.npz", **whole)
+        if self.step == stop_at and jax.process_index() == jax.process_count() - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        self.step += 1
+        return batch
+
+startup.load_batches = lambda *given, start, **named: Recorded(
+    load_batches(*given, start=start, **named), start
+)
+sys.argv[0] = train.__file__
+flags.define_config_flags()
+train.absl_flags.DEFINE_bool("dry_run", False, "")
+train.absl_flags.DEFINE_bool("overwrite", False, "")
+flags.run(train.main)
+"""
+
+
+@pytest.fixture
+def folder(tiny, tmp_path) -> Path:
+    """A folder with three sets of tokens and the config that mixes them."""
+    paths = []
+    for name, length in {"short": 2, "middle": 5, "long": 9}.items():
+        texts = [" ".join(f"{name}{n * k}" for k in range(length)) for n in range(150)]
+        lines = (json.dumps({"text": text}) for text in texts)
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+        paths.append(str(tmp_path / name))
+        flags = f"--input={tmp_path / name}.jsonl --output={paths[-1]} --workers=1"
+        assert tokenize.main(["tokenize", *flags.split()]) == 0
+    config = tiny(
+        {
+            **{"steps": STEPS, "eval.every": 0, "checkpoint.every": 100},
+            **{"data.paths": tuple(paths), "data.weights": (0.5, 0.3, 0.2)},
+            **{"data.batch_size": SHAPE[0], "data.sequence_length": SHAPE[1]},
+            **{
+                "mesh.data": 3,
+                "mesh.fsdp": NUM_DEVICES // 3,
+                "logging.tensorboard": False,
+            },
+        }
+    )
+    (tmp_path / "config.py").write_text(
+        "from jaxllm.config import *\n"
+        f"def get_config():\n    return {pprint.pformat(config)}\n"
+    )
+    return tmp_path
+
+
+def live(folder: Path, run: str, number: int, stop_at: int) -> list[int]:
+    """Trains in some processes, one of which is stopped at a step; returns statuses."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    record = folder / f"{run}-batches"
+    record.mkdir(exist_ok=True)
+    processes = []
+    for index in range(number):
+        environment = {
+            **os.environ,
+            "JAX_NUM_CPU_DEVICES": str(NUM_DEVICES // number),
+            "JAXLLM_COORDINATOR": coordinator,
+            "JAXLLM_NUM_PROCESSES": str(number),
+            "JAXLLM_PROCESS_ID": str(index),
+            "RECORD": str(record),
+            "STOP_AT": str(stop_at),
+        }
+        command = [sys.executable, "-c", RECORDING, f"--config={folder}/config.py"]
+        command.append(f"--workdir={folder / run}")
+        with (folder / f"{run}-{number}-{index}.log").open("w") as log:
+            started = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        processes.append(started)
+    return [process.wait(LIFE_S) for process in processes]
+
+
+def said(folder: Path) -> str:
+    return "\n".join(path.read_text() for path in sorted(folder.glob("*.log")))
+
+
+def batches(folder: Path, steps: Sequence[int]) -> list[dict[str, np.ndarray]]:
+    """Returns the whole batch of each step, put together from all processes."""
+    found = []
+    for step in steps:
+        batch = {}
+        for path in folder.glob(f"{step}-*.npz"):
+            for name, part in np.load(path).items():
+                batch.setdefault(name, np.full(SHAPE, -9, np.int32))
+                held = part != -9
+                known = held & (batch[name] != -9)
+                assert (part == batch[name])[known].all()  # who shares a row agrees
+                batch[name][held] = part[held]
+        assert batch and all((x != -9).all() for x in batch.values())
+        found.append(batch)
+    return found
+
+
+def losses(folder: Path) -> list[tuple[int, float, float]]:
+    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [(r["step"], r["loss"], r["grad_norm"]) for r in records]
+
+
+def test_batches_and_losses_are_those_of_one_process(folder):
+    assert live(folder, "calm", 1, stop_at=STEPS) == [0], said(folder)
+    *others, last = NUMBERS
+    for life, number in enumerate(others):
+        ends = live(folder, "moved", number, stop_at=2 * life + 1)
+        assert ends == [75] * number, said(folder)
+        (*_, saved), faults = find_steps(folder / "moved" / "checkpoints")
+        assert 2 * life + 1 < saved < STEPS and not faults
+    assert live(folder, "moved", last, stop_at=STEPS) == [0] * last, said(folder)
+    calm = batches(folder / "calm-batches", range(STEPS))
+    moved = batches(folder / "moved-batches", range(STEPS))
+    for one, other in zip(calm, moved, strict=True):
+        for name in ("tokens", "targets", "segments", "positions"):
+            np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+    assert any(batch["segments"].max() > 1 for batch in calm)  # packed documents
+    # Between processes, sums over three devices are added up in another order.
+    one, other = losses(folder / "calm"), losses(folder / "moved")
+    np.testing.assert_allclose(one, other, rtol=RTOL)
