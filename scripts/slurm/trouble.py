@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Disturbs jobs of scripts/slurm/train.sbatch on a real SLURM cluster of this machine.
 
-python scripts/slurm/trouble.py [--steps 400] [requeue term slurmd kill limit cancel]
+python scripts/slurm/trouble.py [--steps 700] [requeue term slurmd kill limit cancel]
 
 Each job trains one small model in two processes on two nodes. It must end as it should,
 and with bitwise the losses of the job that nobody disturbed. Needs what
@@ -141,7 +141,7 @@ def kill(job: Job):
 
 
 def limit(job: Job):
-    """Lets the time limit of one minute come near."""
+    """Lets the time limit of two minutes come near."""
     del job
 
 
@@ -153,7 +153,7 @@ def cancel(job: Job):
 TROUBLES: dict[str, Callable[[Job], None]] = {
     each.__name__: each for each in (requeue, term, usr1, slurmd, kill, limit, cancel)
 }
-OPTIONS = {"limit": ("--time=1", "--signal=TERM@30")}
+OPTIONS = {"limit": ("--time=2", "--signal=TERM@10")}
 
 
 def processes_of(job: Job) -> list[int]:
@@ -236,7 +236,7 @@ def environment() -> dict[str, str]:
 def main() -> int:
     """Runs the jobs one after the other; prints a table."""
     parser = argparse.ArgumentParser(usage=__doc__)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--keep", help="folder for the runs and what the jobs say")
     parser.add_argument("troubles", nargs="*", choices=[[], *TROUBLES])
     values = parser.parse_args()
