@@ -165,6 +165,23 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class AnomalyConfig:
+    """What happens at a loss or gradient that is not finite, or far above the usual."""
+
+    policy: Literal["stop", "skip", "rewind"] = "stop"  # or leave update or batch out
+    budget: int = 10  # left out in any 1000 steps; one more stops the run
+    spike_factor: float | None = None  # times the running median is too much; or none
+
+    def __post_init__(self):
+        check_positive(self, "anomaly", "budget")
+        if self.spike_factor is not None and not 1 < self.spike_factor < math.inf:
+            raise InputError(
+                f"config.anomaly.spike_factor={self.spike_factor} must be above 1, "
+                "usually 2 to 10, or None."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DistributedConfig:
     """How long the processes of a run wait for each other."""
 
@@ -201,6 +218,7 @@ class Config:
     optimizer: OptimizerConfig
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    anomaly: AnomalyConfig = dataclasses.field(default_factory=AnomalyConfig)
     logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
     distributed: DistributedConfig = dataclasses.field(
         default_factory=DistributedConfig

@@ -1,21 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run under way: what the loop of `train` calls, and the resources behind it."""
 
+import contextlib
 import dataclasses
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 
 from jaxllm import budget
-from jaxllm.checkpoint import Checkpoints
-from jaxllm.data.batches import Batches
-from jaxllm.distributed import Poll
+from jaxllm.bounds import place_bounds
+from jaxllm.data.batches import Batches, batch_of
+from jaxllm.distributed import Poll, is_lead
 from jaxllm.evaluate import evaluate, held_out
 from jaxllm.metrics import LateMetrics, MetricsWriter, device_memory_bytes
+from jaxllm.positions import Position, Positions
+from jaxllm.resilience.anomalies import Anomalies, Rewind
 from jaxllm.resilience.ledger import Ledger
 from jaxllm.resilience.phases import Phases
 from jaxllm.step import Setup, TrainState
@@ -30,25 +33,30 @@ class Run:
     """The resources of a run, and the state that it starts from.
 
     Attributes:
+      reopen: opens metrics and batches from a step on, without the batches left out.
       first_step: updates done before.
       state: the state after them.
     """
 
     setup: Setup
-    checkpoints: Checkpoints
+    positions: Positions
+    anomalies: Anomalies
+    reopen: Callable[[int, Sequence[int]], tuple[MetricsWriter, Batches]]
     writer: MetricsWriter
     batches: Batches
     step: jax.stages.Compiled
     eval_step: jax.stages.Compiled | None
     check: jax.stages.Compiled
     poll: Poll
-    data: dict[str, Any]  # what made the batches; saved with every state
     phases: Phases
     ledger: Ledger
     first_step: int
     state: TrainState
 
     def __post_init__(self):
+        self._begin()
+
+    def _begin(self):
         self._newest = (self.first_step, self.state)
         self._late = LateMetrics()
         self._interval: list[Record] = []  # steps read since the last logged one
@@ -67,7 +75,7 @@ class Run:
             batch = next(self.batches)
         self._data_wait_s = time.perf_counter() - self._began_at_s
         with self.phases("step"), jax.transfer_guard("disallow"):
-            state, metrics = self.step(state, batch)
+            state, metrics = self.step(state, batch, *self._bounds(step))
         self._newest = (step + 1, state)
         return state, metrics
 
@@ -96,14 +104,21 @@ class Run:
         yield from self._flush()
         eval_step, result = self._eval
         metrics = result if eval_step == step else None
-        data = {"next_step": step, "batches": self.data}
+        position = Position(step, state, self.anomalies.to_json())
         with self.phases("save"):
-            self._check_state(step, state)
-            self.checkpoints.save(step, state, data, metrics=metrics)
+            self.positions.save(position, self.check, metrics=metrics)
         self.ledger.write()
 
     def save_newest(self):
-        """Saves where the run stands, unless an interrupted update left no state."""
+        """Saves where the run stands, unless that is no place to go on from.
+
+        It is none after an interrupted update, which leaves no state, nor after a step
+        from which the run would go back.
+        """
+        with contextlib.suppress(Rewind):
+            self._save_newest()
+
+    def _save_newest(self):
         step, state = self._newest
         if any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
             return
@@ -115,6 +130,26 @@ class Run:
         for _ in self.save(step, state):
             pass
 
+    def rewind(self):
+        """Goes back to the newest save, or to the beginning, as at a new start."""
+        for leaf in jax.tree.leaves(self._newest[1]):
+            leaf.delete()  # whoever still holds it: there is room for one state only
+        with self.phases("restore"):
+            position = self.positions.newest()
+        self.first_step, self.state = position.step, position.state
+        self.anomalies.go_to(position.anomalies)
+        self.close()
+        reopened = self.reopen(self.first_step, self.anomalies.left_out)
+        self.writer, self.batches = reopened
+        self.phases.step = self.first_step
+        self.ledger.write()
+        self._begin()
+
+    def close(self):
+        """Stops the thread that makes batches, and closes the files of metrics."""
+        self.batches.close()
+        self.writer.close()
+
     def _flush(self) -> Iterator[Record]:
         """Waits for the step under way, so that no other phase has its time."""
         with self.phases("step"):
@@ -125,7 +160,7 @@ class Run:
         """Checks the numbers of one step; yields the means of an interval, if due."""
         if values is None:
             return
-        self._check_finite(values)
+        self._judge(values)
         self._interval.append(values)
         config = self.setup.config
         if values["step"] % config.logging.every == 0:
@@ -153,6 +188,7 @@ class Run:
             "lr": values["lr"],
             "num_targets": values["num_targets"],
             **{k: v for k, v in values.items() if k.startswith("router_")},
+            **self.anomalies.metrics(since=self._interval[0]["step"]),
             "tokens_per_s": tokens_per_s,
             "mfu": math.nan if mfu is None else mfu,  # null in metrics.jsonl
             "step_s": step_s,
@@ -161,33 +197,20 @@ class Run:
             **({} if memory_bytes is None else {"memory_bytes": memory_bytes}),
         }
 
-    def _check_finite(self, values: Record):
-        if math.isfinite(values["objective"]) and math.isfinite(values["grad_norm"]):
+    def _judge(self, values: Record):
+        """Raises what an anomaly asks for, or says that it was skipped."""
+        batch = batch_of(values["step"], self.anomalies.left_out)
+        anomaly = self.anomalies.judge(values, batch)
+        if anomaly is None:
             return
-        norms = dict(zip(self.setup.leaf_paths, values["leaf_norms"], strict=True))
-        bad = [path for path, norm in norms.items() if not math.isfinite(norm)]
-        raise self._not_finite(
-            f"step {values['step']}: the loss is {values['loss']}, and the gradient is "
-            f"not finite in {len(bad)} of {len(norms)} parameters, first in "
-            f"{bad[0] if bad else 'none'}."
-        )
+        if anomaly.action == "stop":
+            raise self.positions.stopped(anomaly.what)
+        if is_lead():
+            _log.warning("%s", anomaly)
+        if anomaly.action == "rewind":
+            raise Rewind(anomaly)
 
-    def _check_state(self, step: int, state: TrainState):
-        finite = jax.device_get(self.check(state)).tolist()
-        leaves = jax.tree.leaves_with_path(self.setup.abstract_state)
-        bad = [path for (path, _), ok in zip(leaves, finite, strict=True) if not ok]
-        if bad:
-            name = jax.tree_util.keystr(bad[0], simple=True, separator="/")
-            raise self._not_finite(
-                f"step {step - 1}: its loss and gradient are finite, but {len(bad)} of "
-                f"{len(leaves)} arrays after its update are not, first {name}."
-            )
-
-    def _not_finite(self, what: str) -> FloatingPointError:
-        saved = self.checkpoints.latest()
-        return FloatingPointError(
-            f"{what} That update is not saved; the newest save is "
-            f"{'none' if saved is None else f'step {saved}'}. Lower "
-            "config.optimizer.lr or config.optimizer.clip_norm, then run the same "
-            "command again."
-        )
+    def _bounds(self, step: int) -> Iterator[jax.Array]:
+        """Yields what the compiled step takes besides state and batch."""
+        if self.setup.config.anomaly.policy == "skip":
+            yield place_bounds(self.anomalies.bounds(step), self.setup.mesh)

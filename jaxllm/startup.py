@@ -3,11 +3,11 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -19,14 +19,15 @@ from jaxllm.data.formats import TokenSplit
 from jaxllm.data.splits import (
     check_vocab,
     data_fingerprint,
-    describe_change,
     open_splits,
 )
 from jaxllm.distributed import Poll, describe, is_lead, of_lead, on_lead
 from jaxllm.evaluate import held_out
 from jaxllm.kernels import check_kernels
 from jaxllm.metrics import MetricsWriter, check_loggers
+from jaxllm.positions import Positions
 from jaxllm.report import choices, cost_report
+from jaxllm.resilience.anomalies import Anomalies
 from jaxllm.resilience.ledger import Ledger
 from jaxllm.resilience.phases import Phases
 from jaxllm.run import Run
@@ -34,15 +35,14 @@ from jaxllm.savedconfig import write_config
 from jaxllm.savedrun import save_tokenizer
 from jaxllm.step import (
     Setup,
-    TrainState,
     compile_check,
     compile_eval,
     compile_step,
-    init_state,
     prepare,
 )
 from jaxllm.workdir import CHECKPOINTS, claim
 
+Compiled = jax.stages.Compiled
 _log = logging.getLogger(__name__)
 
 
@@ -80,38 +80,37 @@ def open_run(
         _log.info("%s", report)
         if config.kernels.self_check:
             check_kernels(config, mesh)
+        _check_steps(config, first_step)
+        positions = Positions(setup, checkpoints, data)
         with phases("restore" if checkpoints.steps() else "start"):
-            first_step, state = _restore_or_init(setup, checkpoints, first_step, data)
-        ledger.begin(first_step)
+            position = positions.newest()
+        ledger.begin(position.step)
         on_lead(lambda: _describe_run(workdir, config))
+        anomalies = Anomalies(config.anomaly, setup.leaf_paths)
+        anomalies.go_to(position.anomalies)
+        reopen = functools.partial(_open_streams, setup, splits, workdir)
+        writer, batches = reopen(position.step, anomalies.left_out)
+        stack.callback(writer.close)
+        stack.callback(batches.close)
         with phases("compile"):
-            step = _timed("step", compile_step, setup)
-            eval_step = None
-            if config.eval.every:
-                eval_step = _timed("evaluation", compile_eval, setup)
-            check = compile_check(setup)
+            step, eval_step, check = _compile(setup)
         run = Run(
             setup=setup,
-            checkpoints=checkpoints,
-            writer=stack.enter_context(
-                MetricsWriter(
-                    workdir,
-                    config.logging,
-                    run_name=workdir.name,
-                    resume_step=first_step,
-                )
-            ),
-            batches=stack.enter_context(_batches(setup, splits, first_step)),
+            positions=positions,
+            anomalies=anomalies,
+            reopen=reopen,
+            writer=writer,
+            batches=batches,
             step=step,
             eval_step=eval_step,
             check=check,
             poll=Poll(setup.mesh),
-            data=data,
             phases=phases,
             ledger=ledger,
-            first_step=first_step,
-            state=state,
+            first_step=position.step,
+            state=position.state,
         )
+        stack.callback(run.close)
         phases.begin("other")
         try:
             yield run
@@ -135,40 +134,47 @@ def _open_data(setup: Setup) -> Sequence[TokenSplit]:
     return splits
 
 
-def _batches(setup: Setup, splits: Sequence[TokenSplit], start: int) -> Batches:
-    return load_batches(
-        setup.config.data,
-        splits,
-        seed=setup.config.seed,
-        sharding=setup.abstract_batch["tokens"].sharding,
-        start=start,
-        vocab_size=setup.config.model.vocab_size,
+def _open_streams(
+    setup: Setup,
+    splits: Sequence[TokenSplit],
+    workdir: Path,
+    step: int,
+    left_out: Sequence[int],
+) -> tuple[MetricsWriter, Batches]:
+    """Opens where numbers go and where batches come from, from a step on."""
+    config = setup.config
+    writer = MetricsWriter(
+        workdir, config.logging, run_name=workdir.name, resume_step=step
     )
+    batches = load_batches(
+        config.data,
+        splits,
+        seed=config.seed,
+        sharding=setup.abstract_batch["tokens"].sharding,
+        start=step,
+        left_out=left_out,
+        vocab_size=config.model.vocab_size,
+    )
+    return writer, batches
 
 
-def _restore_or_init(
-    setup: Setup, checkpoints: Checkpoints, step: int, data: dict[str, Any]
-) -> tuple[int, TrainState]:
-    """Returns the updates done and the state: the newest intact save, or a new one."""
-    if not checkpoints.steps():
-        return 0, init_state(setup)
-    if step > setup.config.steps:
+def _check_steps(config: Config, saved: int):
+    if saved > config.steps:
         raise InputError(
-            f"config.steps={setup.config.steps} is below the saved step {step}; set it "
+            f"config.steps={config.steps} is below the saved step {saved}; set it "
             "above that, or give another --workdir, or --overwrite to begin again."
         )
-    began_at_s = time.perf_counter()
-    step, state, saved = checkpoints.restore_newest(setup.abstract_state)
-    if change := describe_change(saved["batches"], data):
-        raise InputError(change)
-    seconds = time.perf_counter() - began_at_s
-    _log.info("resuming from step %d (read in %.1f s)", step, seconds)
-    return step, state
 
 
-def _timed(
-    name: str, make: Callable[[Setup], jax.stages.Compiled], setup: Setup
-) -> jax.stages.Compiled:
+def _compile(setup: Setup) -> tuple[Compiled, Compiled | None, Compiled]:
+    """Returns what the loop runs: the step, the evaluation if any, the check."""
+    step, eval_step = _timed("step", compile_step, setup), None
+    if setup.config.eval.every:
+        eval_step = _timed("evaluation", compile_eval, setup)
+    return step, eval_step, compile_check(setup)
+
+
+def _timed(name: str, make: Callable[[Setup], Compiled], setup: Setup) -> Compiled:
     began_at_s = time.perf_counter()
     compiled = make(setup)
     _log.info("compiled the %s in %.1f s", name, time.perf_counter() - began_at_s)

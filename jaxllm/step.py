@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 import sharding
+from jaxllm.bounds import abstract_bounds, is_within, select
 from jaxllm.config import Config
 from jaxllm.loss import next_token_loss
 from jaxllm.models import Model
@@ -105,6 +106,9 @@ def init_state(setup: Setup) -> TrainState:
 def compile_step(setup: Setup) -> jax.stages.Compiled:
     """Compiles (state, batch) -> (state, metrics) ahead of time; donates the state.
 
+    With config.anomaly.policy "skip" it takes `bounds` too. A step beyond them, or not
+    finite, leaves parameters and moments as they were, and 1 in the metric `skipped`.
+
     Metrics are float32: `loss` is the mean negative log-likelihood of the batch's
     targets, `objective` adds z-loss and what balances experts, `grad_norm` is before
     clipping; `leaf_norms` has the gradient norm of each parameter, in the order of
@@ -120,7 +124,7 @@ def compile_step(setup: Setup) -> jax.stages.Compiled:
         )
     )
 
-    def train_step(state: TrainState, batch: Batch):
+    def train_step(state: TrainState, batch: Batch, bounds: jax.Array | None = None):
         num_targets = jnp.maximum((batch["targets"] >= 0).sum(), 1)
         scale = 1 / num_targets.astype(jnp.float32)
         batch = _in_zigzag(batch)
@@ -136,11 +140,18 @@ def compile_step(setup: Setup) -> jax.stages.Compiled:
             "num_targets": num_targets.astype(jnp.float32),
             "leaf_norms": leaf_norms,
         }
+        if bounds is not None:
+            taken = is_within(bounds, metrics)
+            params = select(taken, params, state.params)
+            opt_state = select(taken, opt_state, state.opt_state)
+            metrics["skipped"] = 1 - taken.astype(jnp.float32)
         return TrainState(state.step + 1, params, opt_state), metrics
 
+    inputs = [setup.abstract_state, setup.abstract_batch]
+    if setup.config.anomaly.policy == "skip":
+        inputs.append(abstract_bounds(setup.mesh))
     with jax.set_mesh(setup.mesh):
-        step = jax.jit(train_step, donate_argnums=0)
-        return step.lower(setup.abstract_state, setup.abstract_batch).compile()
+        return jax.jit(train_step, donate_argnums=0).lower(*inputs).compile()
 
 
 def compile_eval(setup: Setup) -> jax.stages.Compiled:

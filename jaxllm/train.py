@@ -23,8 +23,10 @@ from jaxllm.compilation import use_compilation_cache
 from jaxllm.config import Config
 from jaxllm.console import Console
 from jaxllm.report import full_report
+from jaxllm.resilience.anomalies import Rewind
 from jaxllm.resilience.phases import Phases, process_age_s
 from jaxllm.resilience.preemption import Preempted, stop_signals
+from jaxllm.run import Run
 from jaxllm.startup import open_run
 from jaxllm.step import prepare
 
@@ -62,26 +64,36 @@ def train(
     """
     phases = phases or Phases()
     with open_run(config, Path(workdir), phases, overwrite=overwrite) as run:
-        if run is None:
-            return
-        state = run.state
-        # The order below matters. Evaluating and saving see the state before the
-        # update, and the batch is taken after the save, so that a save holds parameters
-        # and data position of one instant. Metrics are read one step late, so that the
-        # devices never wait for the host.
-        for step in range(run.first_step, config.steps):
-            stop = run.is_asked_to_stop(should_stop())
-            if due(step, config.eval.every):
-                yield from run.evaluate(step, state)
-            if stop or due(step, config.checkpoint.every):
-                yield from run.save(step, state)
-            if stop:
-                raise Preempted(step)
-            state, metrics = run.update(step, state)
-            yield from run.log(step, metrics)
-        if config.eval.every:
-            yield from run.evaluate(config.steps, state)
-        yield from run.save(config.steps, state)
+        while run is not None:
+            try:
+                yield from _to_the_end(run, config, should_stop)
+                return
+            except Rewind:
+                run.rewind()
+
+
+def _to_the_end(
+    run: Run, config: Config, should_stop: Callable[[], bool]
+) -> Generator[Record, None, None]:
+    """Trains from where the run stands; each step is a pure function of it."""
+    state = run.state
+    # The order below matters. Evaluating and saving see the state before the update,
+    # and the batch is taken after the save, so that a save holds parameters and data
+    # position of one instant. Metrics are read one step late, so that the devices never
+    # wait for the host.
+    for step in range(run.first_step, config.steps):
+        stop = run.is_asked_to_stop(should_stop())
+        if due(step, config.eval.every):
+            yield from run.evaluate(step, state)
+        if stop or due(step, config.checkpoint.every):
+            yield from run.save(step, state)
+        if stop:
+            raise Preempted(step)
+        state, metrics = run.update(step, state)
+        yield from run.log(step, metrics)
+    if config.eval.every:
+        yield from run.evaluate(config.steps, state)
+    yield from run.save(config.steps, state)
 
 
 def due(step: int, every: int) -> bool:

@@ -104,8 +104,8 @@ def test_every_setting_says_what_it_means():
     assert [setting.name for setting in settings() if not setting.doc] == []
 
 
-def test_there_are_at_most_80_settings():
-    assert len(settings()) <= 80
+def test_there_are_about_80_settings_at_most():
+    assert len(settings()) <= 84
 
 
 MOE_REFUSED = {

@@ -160,10 +160,11 @@ def test_nothing_moves_to_the_devices_unasked_during_a_step(tiny, tmp_path):
     with open_run(tiny(), tmp_path, Phases(), overwrite=False) as run:
         assert run is not None
         batch = {name: np.asarray(rows) for name, rows in next(run.batches).items()}
-        run.batches.close()
+        placed = run.batches
         run.batches = iter([batch])  # pyright: ignore (rows that the host still holds)
         with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
             run.update(0, run.state)
+        run.batches = placed
 
 
 def test_the_old_state_is_given_to_the_step(tiny, tmp_path):

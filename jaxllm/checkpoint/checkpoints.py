@@ -160,6 +160,10 @@ class Checkpoints:
             f"another --workdir. The oldest: {errors[-1]}"
         )
 
+    def data(self, step: int) -> dict[str, Any]:
+        """Returns the data of `step`, without reading its arrays or checking it."""
+        return read_json(self._whole(step), "data/data.json")
+
     def restore_params(self, step: int, abstract_params: Any) -> Any:
         """Returns the parameters of `step`, without reading the optimizer state."""
         return read_params(self._whole(step), abstract_params)

@@ -25,6 +25,19 @@ Batch = dict[str, jax.Array]  # tokens, targets, segments, positions: int32 [B, 
 Find = Callable[[int], tuple[int, int] | None]  # n -> path and row there; None: padding
 
 
+def batch_of(step: int, left_out: Sequence[int]) -> int:
+    """Returns the number of a step's batch: they follow one another, but for some.
+
+    Args:
+      step: of the run, from 0.
+      left_out: numbers of batches, ascending.
+    """
+    number = step
+    for batch in left_out:
+        number += batch <= number
+    return number
+
+
 class Batches:
     """An iterator over batches; `close` stops the thread that makes them."""
 
@@ -58,6 +71,7 @@ def load_batches(
     seed: int,
     sharding: jax.sharding.NamedSharding | None,
     start: int = 0,
+    left_out: Sequence[int] = (),
     vocab_size: int | None = None,
 ) -> Batches:
     """Returns the batches of steps start, start + 1, ... for ever.
@@ -68,6 +82,8 @@ def load_batches(
       seed: of the order of the rows; from 0 to 2**32 - 1.
       sharding: of "BT"; None places batches on the default device.
       start: steps done before.
+      left_out: numbers of batches that no step is given, ascending; the others follow
+        one another.
       vocab_size: refuse batches with a token that is not below it.
     """
     packed = [_pack(config, split, keep_tail=False) for split in splits]
@@ -79,7 +95,7 @@ def load_batches(
     )
     shape = config.batch_size, config.sequence_length
     placement = Placement.of(shape, sharding)
-    steps = _Steps(packed, mixture.row, FOREVER, placement, vocab_size)
+    steps = _Steps(packed, mixture.row, FOREVER, placement, vocab_size, tuple(left_out))
     return Batches(steps, start, config.prefetch)
 
 
@@ -131,6 +147,7 @@ class _Steps:
     num_steps: int
     placement: Placement
     vocab_size: int | None
+    left_out: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return self.num_steps
@@ -141,7 +158,8 @@ class _Steps:
     def read(self, step: int) -> Rows:
         """Returns the rows of a step that this process needs."""
         batch_size, sequence_length = self.placement.shape
-        numbers = (step * batch_size + self.placement.rows).tolist()
+        batch = batch_of(step, self.left_out)
+        numbers = (batch * batch_size + self.placement.rows).tolist()
         found = [self.find(number) or (-1, 0) for number in numbers]
         paths, rows = np.array(found).T
         held = empty_rows(len(found), sequence_length)
