@@ -42,6 +42,33 @@ def next_token_loss(
     return _run(x_BTD, w, targets_BT, *options, with_gradients=False)[:2]
 
 
+def row_losses(
+    x_BTD: jax.Array,
+    w: jax.Array,
+    targets_BT: jax.Array,
+    letters: str,
+    softcap: float | None,
+    config: LossConfig,
+    implementation: Implementation = "auto",
+) -> jax.Array:
+    """Returns the negative log-likelihood of each row, float32 sums nll_B.
+
+    Arguments are those of `next_token_loss`; for looking at a batch, row after row.
+    """
+
+    def block(x_BTD, w, targets_BT):
+        def row(inputs):
+            options = (letters, softcap, config, implementation)
+            return _terms(inputs[0], w, inputs[1], *options, with_gradients=False).nll
+
+        nll_B = jax.lax.map(row, (x_BTD, targets_BT))
+        axes = sharding.axes_of("T")
+        return jax.lax.psum(nll_B, axes) if axes else nll_B
+
+    run = sharding.local(block, ("BTD", letters, "BT"), "B")
+    return run(x_BTD, sharding.gather(w, letters, x_BTD.dtype), targets_BT)
+
+
 def _forward(x_BTD, w, targets_BT, *options):
     objective, nll, dx_BTD, dw = _run(
         x_BTD, w, targets_BT, *options, with_gradients=True
@@ -64,17 +91,12 @@ def _run(
     x_BTD, w, targets_BT, letters, softcap, config, implementation, *, with_gradients
 ):
     def block(x_BTD, w, targets_BT):
-        terms = pallas_kernels.linear_cross_entropy(
+        terms = _terms(
             x_BTD.reshape(-1, x_BTD.shape[-1]),
             w,
             targets_BT.reshape(-1),
-            letters=letters,
-            z_loss=config.z_loss,
-            softcap=softcap,
-            chunk_tokens=config.chunk_tokens,
-            vocab_axes=sharding.axes_of("V"),
+            *(letters, softcap, config, implementation),
             with_gradients=with_gradients,
-            implementation=implementation,
         )
         axes = tuple(a for letter in BATCH_LETTERS for a in sharding.axes_of(letter))
         sums = jnp.stack([terms.objective, terms.nll])
@@ -90,3 +112,20 @@ def _run(
         block, ("BTD", letters, "BT"), ("", "", *(gradients if with_gradients else ()))
     )
     return run(x_BTD, sharding.gather(w, letters, x_BTD.dtype), targets_BT)
+
+
+def _terms(
+    x_TD, w, targets_T, letters, softcap, config, implementation, *, with_gradients
+):
+    return pallas_kernels.linear_cross_entropy(
+        x_TD,
+        w,
+        targets_T,
+        letters=letters,
+        z_loss=config.z_loss,
+        softcap=softcap,
+        chunk_tokens=config.chunk_tokens,
+        vocab_axes=sharding.axes_of("V"),
+        with_gradients=with_gradients,
+        implementation=implementation,
+    )

@@ -92,14 +92,14 @@ class Positions:
         }
         self.checkpoints.save(position.step, position.state, data, metrics=metrics)
 
-    def stopped(self, why: str) -> FloatingPointError:
+    def stopped(self, why: str, advice: str = "") -> FloatingPointError:
         """Returns the error of a run that must not go on from where it is."""
         saved = self.checkpoints.latest()
         return FloatingPointError(
             f"{why}. That update is not saved; the newest save is "
             f"{'none' if saved is None else f'step {saved}'}. Lower "
             "config.optimizer.lr or config.optimizer.clip_norm, then run the same "
-            "command again."
+            f"command again. {advice}".rstrip()
         )
 
     def _check_finite(self, position: Position, check: jax.stages.Compiled) -> None:

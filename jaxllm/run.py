@@ -204,7 +204,7 @@ class Run:
         if anomaly is None:
             return
         if anomaly.action == "stop":
-            raise self.positions.stopped(anomaly.what)
+            raise self.positions.stopped(anomaly.what, anomaly.advice)
         if is_lead():
             _log.warning("%s", anomaly)
         if anomaly.action == "rewind":

@@ -61,6 +61,11 @@ def save_tokenizer(paths: Sequence[str], workdir: Path):
     (workdir / TOKENIZER / "facts.json").write_text(json.dumps(facts))
 
 
+def has_tokenizer(workdir: Path) -> bool:
+    """Returns whether a run knows the tokenizer of its data."""
+    return (workdir / TOKENIZER / "facts.json").exists()
+
+
 def load_run_tokenizer(workdir: Path, given: str | None) -> Tokenizer:
     """Returns the tokenizer of a run's data, or the one given instead.
 
@@ -70,7 +75,7 @@ def load_run_tokenizer(workdir: Path, given: str | None) -> Tokenizer:
     if given is not None:
         return load_tokenizer(given)
     folder = workdir / TOKENIZER
-    if not (folder / "facts.json").exists():
+    if not has_tokenizer(workdir):
         raise InputError(
             f"{workdir} has no tokenizer, because its data did not say which one made "
             "it; give --tokenizer, a tokenizer.json or `bytes`."

@@ -13,11 +13,12 @@ import sharding
 from jaxllm.bounds import abstract_bounds, is_within, select
 from jaxllm.config import Config
 from jaxllm.loss import next_token_loss
-from jaxllm.models import Model
+from jaxllm.models import Model, Transformer
 from jaxllm.optimizer import is_load_bias, make_optimizer, make_schedule
 
 BATCH_NAMES = ("tokens", "targets", "segments", "positions")
 Batch = Mapping[str, jax.Array]  # of these names; int32 [B, T]
+Sums = dict[str, jax.Array]  # float32 []
 
 
 @jax.tree_util.register_dataclass
@@ -125,19 +126,14 @@ def compile_step(setup: Setup) -> jax.stages.Compiled:
     )
 
     def train_step(state: TrainState, batch: Batch, bounds: jax.Array | None = None):
-        num_targets = jnp.maximum((batch["targets"] >= 0).sum(), 1)
-        scale = 1 / num_targets.astype(jnp.float32)
-        batch = _in_zigzag(batch)
-        grads, sums = _accumulate(setup, state.params, batch)
-        grads = jax.tree.map(lambda g: g * scale, grads)
+        grads, means = gradients(setup, state.params, batch)
         leaf_norms = jnp.stack([jnp.linalg.norm(g) for g in jax.tree.leaves(grads)])
         updates, opt_state = update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {
-            **{name: value * scale for name, value in sums.items()},
+            **means,
             "grad_norm": jnp.linalg.norm(leaf_norms * jnp.array(trained, jnp.float32)),
             "lr": jnp.asarray(schedule(state.step), jnp.float32),
-            "num_targets": num_targets.astype(jnp.float32),
             "leaf_norms": leaf_norms,
         }
         if bounds is not None:
@@ -158,7 +154,7 @@ def compile_eval(setup: Setup) -> jax.stages.Compiled:
     """Compiles (params, batch) -> sums [2]: negative log-likelihood, and targets."""
 
     def eval_step(params, batch: Batch):
-        nll = _loss_sums(setup, params, _in_zigzag(batch))["loss"]
+        nll = _loss_sums(setup, params, in_zigzag(batch))["loss"]
         return jnp.stack([nll, (batch["targets"] >= 0).sum().astype(jnp.float32)])
 
     with jax.set_mesh(setup.mesh):
@@ -177,14 +173,23 @@ def compile_check(setup: Setup) -> jax.stages.Compiled:
         return jax.jit(check).lower(setup.abstract_state).compile()
 
 
-def _in_zigzag(batch: Batch) -> Batch:
+def gradients(setup: Setup, params: Any, batch: Batch) -> tuple[Any, Sums]:
+    """Returns the gradient of the objective's mean over targets, and all such means."""
+    num_targets = jnp.maximum((batch["targets"] >= 0).sum(), 1).astype(jnp.float32)
+    scale = 1 / num_targets
+    grads, sums = _accumulate(setup, params, in_zigzag(batch))
+    means = {name: value * scale for name, value in sums.items()}
+    grads = jax.tree.map(lambda g: g * scale, grads)
+    return grads, {**means, "num_targets": num_targets}
+
+
+def in_zigzag(batch: Batch) -> Batch:
     """Returns the batch in the order in which the model takes rows that are cut."""
     return dict(zip(batch, sharding.to_zigzag(*batch.values()), strict=True))
 
 
-def _loss_sums(setup: Setup, params: Any, batch: Batch) -> dict[str, jax.Array]:
-    """Returns sums over the batch's targets, of `objective`, `loss` and statistics."""
-    model = setup.model.bind(params)
+def forward(setup: Setup, model: Transformer, batch: Batch) -> tuple[jax.Array, Sums]:
+    """Returns x_BTD of a batch in zig-zag, and what experts tell."""
     mixed = setup.config.data.cross_document_attention
     x_BTD, _, stats = model.run(
         batch["tokens"],
@@ -192,6 +197,13 @@ def _loss_sums(setup: Setup, params: Any, batch: Batch) -> dict[str, jax.Array]:
         None if mixed else batch["segments"],
         is_token_BT=batch["segments"] > 0,
     )
+    return x_BTD, stats
+
+
+def _loss_sums(setup: Setup, params: Any, batch: Batch) -> Sums:
+    """Returns sums over the batch's targets, of `objective`, `loss` and statistics."""
+    model = setup.model.bind(params)
+    x_BTD, stats = forward(setup, model, batch)
     w, letters = model.output_weights()
     with jax.named_scope("loss"):
         objective, nll = next_token_loss(

@@ -42,7 +42,15 @@ class Anomaly:
             "skip": "its update has no effect",
             "rewind": f"the run goes back, and leaves batch {self.batch} out",
         }
-        return f"{self.what}; {done[self.action]}."
+        return f"{self.what}; {done[self.action]}. {self.advice}"
+
+    @property
+    def advice(self) -> str:
+        """Says how to look at it."""
+        return (
+            f"`python -m jaxllm.replay --step {self.step} --batch {self.batch}` with "
+            "the same --workdir shows its rows and layers."
+        )
 
 
 class Anomalies:

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a step saw, in detail: by layer, by parameter and by row of its batch."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.loss import row_losses
+from jaxllm.step import Batch, Setup, forward, gradients, in_zigzag
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagnosis:
+    """Numbers of one batch and one set of parameters.
+
+    Attributes:
+      means: of the batch's targets, as the step has them: `loss`, `objective`, ...
+      gradients: norm of the gradient of each parameter, a number for each layer that is
+        stacked in it.
+      activations: root of the mean square of the residual stream: of the embeddings,
+        then after each layer.
+      row_losses: mean over a row's targets; NaN where it has none.
+    """
+
+    means: dict[str, float]
+    gradients: dict[str, np.ndarray]
+    activations: np.ndarray
+    row_losses: np.ndarray
+
+
+def diagnose(setup: Setup, params: Any, batch: Batch) -> Diagnosis:
+    """Returns what parameters make of a batch, before any update.
+
+    A forward pass for each layer, with those above it switched off, says where the
+    residual stream stops being finite.
+    """
+    with jax.set_mesh(setup.mesh):
+        means, norms = jax.jit(lambda p, b: _gradient_norms(setup, p, b))(params, batch)
+        sums_B = jax.jit(lambda p, b: _row_sums(setup, p, b))(params, batch)
+        stream = jax.jit(lambda p, b, depth: _stream(setup, p, b, depth))
+        depths = [jnp.int32(d) for d in range(setup.config.model.num_layers + 1)]
+        activations = [stream(params, batch, depth) for depth in depths]
+        counts_B = jax.jit(_counts)(batch)
+    nll_B, num_targets_B = jax.device_get((sums_B, counts_B))
+    with np.errstate(invalid="ignore"):
+        losses = nll_B / num_targets_B
+    names = setup.leaf_paths
+    return Diagnosis(
+        means={name: float(value) for name, value in jax.device_get(means).items()},
+        gradients=dict(zip(names, jax.device_get(norms), strict=True)),
+        activations=np.array(jax.device_get(activations)),
+        row_losses=losses,
+    )
+
+
+def _gradient_norms(setup: Setup, params: Any, batch: Batch):
+    grads, means = gradients(setup, params, batch)
+    norms = []
+    for gradient, row in zip(jax.tree.leaves(grads), setup.plan.rows, strict=True):
+        stacked = row.letters.startswith("L")
+        layers = gradient.shape[0] if stacked else 1
+        axes = tuple(range(int(stacked), gradient.ndim))
+        norms.append(jnp.sqrt(jnp.square(gradient).sum(axes)).reshape(layers))
+    return means, norms
+
+
+def _row_sums(setup: Setup, params: Any, batch: Batch) -> jax.Array:
+    batch = in_zigzag(batch)
+    model = setup.model.bind(params)
+    x_BTD, _ = forward(setup, model, batch)
+    w, letters = model.output_weights()
+    config = setup.config
+    return _everywhere(
+        row_losses(
+            x_BTD,
+            w,
+            batch["targets"],
+            letters,
+            config.model.logit_softcap,
+            config.loss,
+            config.kernels.cross_entropy,
+        )
+    )
+
+
+def _counts(batch: Batch) -> jax.Array:
+    return _everywhere((batch["targets"] >= 0).sum(1).astype(jnp.float32))
+
+
+def _stream(setup: Setup, params: Any, batch: Batch, depth: jax.Array) -> jax.Array:
+    """Returns the root mean square of x after so many layers.
+
+    A layer whose parameters are all 0 adds nothing to x; a final norm is not taken.
+    """
+    leaves, tree = jax.tree.flatten(params)
+    rows = setup.plan.rows
+    period = len(setup.config.model.windows)
+    kept = [
+        _below(depth, leaf, row.path, row.letters, period)
+        for leaf, row in zip(leaves, rows, strict=True)
+    ]
+    model = setup.model.bind(jax.tree.unflatten(tree, kept))
+    model.final_norm = lambda x_BTD: x_BTD  # pyright: ignore (for this call only)
+    x_BTD, _ = forward(setup, model, in_zigzag(batch))
+    return jnp.sqrt(jnp.square(x_BTD.astype(jnp.float32)).mean())
+
+
+def _below(depth: jax.Array, leaf: jax.Array, path: str, letters: str, period: int):
+    """Returns a parameter with 0 in the layers from `depth` on."""
+    if not path.startswith("blocks/"):
+        return leaf
+    layer = jnp.int32(path.split("/")[1])
+    if letters.startswith("L"):  # the n-th of these blocks is in the n-th period
+        layer += period * jnp.arange(leaf.shape[0], dtype=jnp.int32)
+        layer = layer.reshape(-1, *[1] * (leaf.ndim - 1))
+    return jnp.where(layer < depth, leaf, jnp.zeros_like(leaf))
+
+
+def _everywhere(values_B: jax.Array) -> jax.Array:
+    return jax.sharding.reshard(values_B, jax.P())

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Looks at one step of a run again: its batch, its losses by row, its norms by layer.
+
+python -m jaxllm.replay --workdir runs/x --step 1234 [--batch 1240]
+
+Begins from the newest save at or before that step, and does the steps between again. A
+batch that was left out is no step's: give its number too. Nothing is written.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags as absl_flags
+
+import sharding
+from jaxllm import distributed, flags
+from jaxllm.bounds import place_bounds
+from jaxllm.checkpoint import Checkpoints
+from jaxllm.config import Config, InputError
+from jaxllm.data.batches import Batches, batch_of, load_batches
+from jaxllm.data.splits import check_vocab, data_fingerprint, open_splits
+from jaxllm.diagnosis import Diagnosis, diagnose
+from jaxllm.positions import Position, Positions
+from jaxllm.report import choices
+from jaxllm.resilience.anomalies import Anomalies
+from jaxllm.savedrun import has_tokenizer, load_run_tokenizer
+from jaxllm.step import Setup, compile_step, prepare
+from jaxllm.workdir import CHECKPOINTS
+
+SHOWN_ROWS = 5
+SHOWN_TOKENS = 24
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row of a batch: where it is from, and how it begins."""
+
+    number: int
+    loss: float
+    place: str
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Replay:
+    """A step, as it was given to the devices.
+
+    Attributes:
+      rows: those of the largest losses, or of none, first.
+    """
+
+    step: int
+    batch: int
+    saved_step: int
+    diagnosis: Diagnosis
+    rows: list[Row]
+
+
+def replay(workdir: Path, config: Config, step: int, batch: int | None) -> Replay:
+    """Does the steps from a save up to one again, and looks at that one.
+
+    Args:
+      batch: to take instead of the step's own.
+
+    Raises:
+      InputError: the run has no such step, or other data.
+    """
+    if not 0 <= step < config.steps:
+        raise InputError(
+            f"--step={step} must be from 0 to config.steps={config.steps} less 1."
+        )
+    setup = prepare(config, sharding.make_mesh(dataclasses.asdict(config.mesh)))
+    choices(setup)  # refuses what this machine's devices cannot do
+    splits = open_splits(config.data, "train")
+    check_vocab(splits, config.model.vocab_size)
+    data = data_fingerprint(config.data, splits)
+    with Checkpoints(workdir / CHECKPOINTS, config.checkpoint) as checkpoints:
+        positions = Positions(setup, checkpoints, data)
+        left_out = positions.left_out()
+        position = positions.up_to(step)
+
+    def batches(start: int, left_out: list[int]) -> Batches:
+        return load_batches(
+            config.data,
+            splits,
+            seed=config.seed,
+            sharding=setup.abstract_batch["tokens"].sharding,
+            start=start,
+            left_out=left_out,
+            vocab_size=config.model.vocab_size,
+        )
+
+    with batches(position.step, left_out) as stream:
+        params = _params_at(setup, position, stream, step)
+    number = batch_of(step, left_out) if batch is None else batch
+    with batches(number, []) as stream:
+        diagnosis = diagnose(setup, params, next(stream))
+        rows = list(_rows(workdir, config, stream, number, diagnosis))
+    return Replay(step, number, position.step, diagnosis, rows)
+
+
+def _params_at(setup: Setup, position: Position, batches: Batches, step: int):
+    """Returns the parameters before a step, which are those after the one before."""
+    state = position.state
+    if position.step == step:
+        return state.params
+    compiled = compile_step(setup)
+    anomalies = Anomalies(setup.config.anomaly, setup.leaf_paths)
+    anomalies.go_to(position.anomalies)
+    for now in range(position.step, step):
+        bounds = []
+        if setup.config.anomaly.policy == "skip":
+            bounds.append(place_bounds(anomalies.bounds(now), setup.mesh))
+        state, metrics = compiled(state, next(batches), *bounds)
+        values = jax.device_get(metrics)
+        anomalies.judge({**values, "step": now}, batch=now)
+    return state.params
+
+
+def _rows(
+    workdir: Path, config: Config, batches: Batches, batch: int, diagnosis: Diagnosis
+) -> Iterator[Row]:
+    """Yields the rows worth looking at: not finite, then the largest losses."""
+    losses = diagnosis.row_losses
+    worth = np.where(np.isfinite(losses), losses, np.inf)
+    tokenizer = load_run_tokenizer(workdir, None) if has_tokenizer(workdir) else None
+    for number in np.argsort(-worth, kind="stable")[:SHOWN_ROWS].tolist():
+        found = batches.steps.find(batch * config.data.batch_size + number)
+        assert found is not None, "training data has no end"
+        path, row = found
+        packed = batches.steps.packed[path]
+        tokens = packed.read([row])["tokens"][0, :SHOWN_TOKENS].tolist()
+        text = tokenizer.decode(tokens) if tokenizer else str(tokens)
+        place = f"{packed.split.path} row {row}"
+        yield Row(number, float(losses[number]), place, text)
+
+
+def describe(replayed: Replay) -> str:
+    """Returns a replay as text."""
+    found, diagnosis = replayed, replayed.diagnosis
+    norm = math.sqrt(sum(np.square(g).sum() for g in diagnosis.gradients.values()))
+    start = f"the save of step {found.saved_step}" if found.saved_step else "the start"
+    lines = [
+        f"step {found.step} with batch {found.batch}, from {start}",
+        *(f"  {name} {value:.6g}" for name, value in diagnosis.means.items()),
+        f"  grad_norm {norm:.6g}",
+        "rows with the largest losses",
+    ]
+    for row in found.rows:
+        lines.append(f"  row {row.number:<5} loss {row.loss:<10.6g} {row.place}")
+        lines.append(f"    {row.text!r}")
+    lines.append("residual stream, root mean square: of embeddings, after each layer")
+    lines.append(f"  {_numbers(diagnosis.activations)}")
+    lines.append("norms of gradients, for each layer from the first")
+    width = max(map(len, diagnosis.gradients))
+    for path, norms in diagnosis.gradients.items():
+        lines.append(f"  {path:<{width}} {_numbers(norms)}")
+    return "\n".join((*lines, _verdict(diagnosis)))
+
+
+def _numbers(values: np.ndarray) -> str:
+    return " ".join(f"{value:.3g}" for value in values)
+
+
+def _verdict(diagnosis: Diagnosis) -> str:
+    bad_rows = np.flatnonzero(~np.isfinite(diagnosis.row_losses)).tolist()
+    bad_layers = np.flatnonzero(~np.isfinite(diagnosis.activations)).tolist()
+    bad = [p for p, g in diagnosis.gradients.items() if not np.isfinite(g).all()]
+    faults = []
+    if not math.isfinite(diagnosis.means["loss"]):
+        faults.append("the loss")
+    if bad_rows:
+        faults.append(f"the loss of {len(bad_rows)} rows, first {bad_rows[0]}")
+    if bad_layers:
+        where = f"after layer {bad_layers[0] - 1}" if bad_layers[0] else "of embeddings"
+        faults.append(f"the residual stream, first {where}")
+    if bad:
+        faults.append(f"the gradient of {len(bad)} parameters, first {bad[0]}")
+    return f"not finite: {'; '.join(faults)}" if faults else "all of it is finite"
+
+
+def main(argv: list[str]):
+    del argv
+    config, workdir = flags.config_from_flags(), flags.workdir_from_flags()
+    values = absl_flags.FLAGS
+    if values.step is None:
+        raise InputError("--step is missing; give the number of a step.")
+    distributed.join(config.distributed)
+    found = replay(workdir, config, values.step, values.batch)
+    if distributed.is_lead():
+        print(describe(found))
+
+
+if __name__ == "__main__":
+    flags.define_config_flags()
+    absl_flags.DEFINE_integer("step", None, "step to look at", lower_bound=0)
+    absl_flags.DEFINE_integer("batch", None, "batch, if not the step's", lower_bound=0)
+    flags.run(main)
