@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import sharding
+from courses import DATA, ONE_DEVICE, STEPS, WORDS, check_equal, packed_batch, train
 from jaxllm.config import (
     Config,
-    DataConfig,
     InputError,
     KernelsConfig,
     LossConfig,
@@ -24,24 +24,14 @@ from jaxllm.config import (
 from jaxllm.configfile import override
 from jaxllm.kernels import choose_kernels
 from jaxllm.models import make_cache
-from jaxllm.step import (
-    Setup,
-    TrainState,
-    compile_eval,
-    compile_step,
-    init_state,
-    prepare,
-)
+from jaxllm.step import compile_eval, compile_step, prepare
 from sharding import ShardingError
 
-STEPS, ROWS, LENGTH, WORDS = 20, 8, 64, 96
-LOSS_TOLERANCE = 1e-6  # as in test_meshes.py
-NORM_TOLERANCE = float(np.finfo(np.float32).eps * np.sqrt(ROWS * LENGTH * STEPS))
 COURSES = [
-    ("context 4", dict(context=4), "ring"),
-    ("context 8", dict(context=8), "all_gather"),
-    ("fsdp 2 x context 4", dict(fsdp=2, context=4), "ring"),
-    ("fsdp 2 x context 2 x tensor 2", dict(fsdp=2, context=2, tensor=2), "all_gather"),
+    ("context 4", "ring"),
+    ("context 8", "all_gather"),
+    ("fsdp 2 x context 4", "ring"),
+    ("fsdp 2 x context 2 x tensor 2", "all_gather"),
 ]
 CONFIG = Config(
     steps=STEPS,
@@ -58,65 +48,25 @@ CONFIG = Config(
         attention_softcap=20.0,
         dtype="float32",
     ),
-    data=DataConfig(paths=("none",), sequence_length=LENGTH, batch_size=ROWS),
+    data=dataclasses.replace(DATA, sequence_length=64, batch_size=8),
     loss=LossConfig(chunk_tokens=24),
     optimizer=OptimizerConfig(lr=3e-3, warmup_steps=4, microbatches=2),
 )
 
 
-def packed_batch(step: int) -> dict[str, np.ndarray]:
-    """Rows of six documents, of which words can be learned, and padding."""
-    rng = np.random.default_rng(step)
-    names = ("tokens", "targets", "segments", "positions")
-    batch = {name: np.zeros((ROWS, LENGTH), np.int32) for name in names}
-    batch["targets"] -= 1
-    for row in range(ROWS):
-        cuts = np.sort(rng.choice(np.arange(2, LENGTH), 6, replace=False))
-        for number, (start, stop) in enumerate(zip([0, *cuts], cuts, strict=False), 1):
-            stride, first = rng.integers(1, 4), rng.integers(WORDS)
-            words = (first + stride * np.arange(stop - start)) % WORDS
-            batch["tokens"][row, start:stop] = words
-            batch["targets"][row, start : stop - 1] = words[1:]
-            batch["segments"][row, start:stop] = number
-            batch["positions"][row, start:stop] = np.arange(stop - start)
-    return batch
-
-
-@functools.cache
-def train(
-    sizes: tuple[tuple[str, int], ...], exchange: str
-) -> tuple[np.ndarray, np.ndarray, Setup, TrainState]:
-    """Returns loss and gradient norm of each step, and the loss of an evaluation."""
+@pytest.mark.parametrize(("mesh", "exchange"), COURSES)
+def test_losses_of_20_steps_are_those_of_one_device(mesh, exchange):
     config = override(CONFIG, {"kernels.context": exchange})
-    num_devices = int(np.prod([size for _, size in sizes], dtype=np.int64))
-    mesh = sharding.make_mesh(dict(sizes), jax.devices()[:num_devices])
-    setup = prepare(config, mesh)
-    place = setup.abstract_batch["tokens"].sharding
-    step, state, records = compile_step(setup), init_state(setup), []
-    for number in range(STEPS):
-        state, metrics = step(state, jax.device_put(packed_batch(number), place))
-        records.append(jax.device_get((metrics["loss"], metrics["grad_norm"])))
-    losses, norms = np.array(records, np.float64).T
-    return losses, norms, setup, state
-
-
-@pytest.mark.parametrize(("name", "sizes", "exchange"), COURSES)
-def test_losses_of_20_steps_are_those_of_one_device(name, sizes, exchange):
-    one, many = train((), "ring"), train(tuple(sizes.items()), exchange)
-    assert np.ptp(one[0]) > 0.1  # it learns: they could differ
-    loss, norm = np.abs(many[0] / one[0] - 1), np.abs(many[1] / one[1] - 1)
-    print(f"\n{name:<30} {exchange:<10} loss {loss.max():.1e}, norm {norm.max():.1e}")
-    assert loss.max() < LOSS_TOLERANCE
-    assert norm.max() < NORM_TOLERANCE
+    check_equal(f"{mesh} {exchange}", train(CONFIG, ONE_DEVICE), train(config, mesh))
 
 
 def test_an_evaluation_is_that_of_one_device_too():
     sums = []
-    for sizes, exchange in (((), "ring"), ((("context", 8),), "all_gather")):
-        *_, setup, state = train(sizes, exchange)
-        place = setup.abstract_batch["tokens"].sharding
-        batch = jax.device_put(packed_batch(99), place)
-        sums.append(jax.device_get(compile_eval(setup)(state.params, batch)))
+    for mesh in (ONE_DEVICE, "context 8"):
+        course = train(CONFIG, mesh)
+        batch = packed_batch(course.setup, 99)
+        evaluate = compile_eval(course.setup)
+        sums.append(jax.device_get(evaluate(course.state.params, batch)))
     np.testing.assert_allclose(sums[1], sums[0], rtol=1e-5)
 
 

@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The same run of a mixture of experts on any mesh: 8 simulated devices against one."""
 
-import dataclasses
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,9 +8,21 @@ import pytest
 from flax import nnx
 
 import sharding
+from courses import (
+    DATA,
+    LENGTH,
+    LOSS_TOLERANCE,
+    NORM_TOLERANCE,
+    ONE_DEVICE,
+    ROWS,
+    STEPS,
+    WORDS,
+    changed,
+    difference,
+    train,
+)
 from jaxllm.config import (
     Config,
-    DataConfig,
     KernelsConfig,
     LossConfig,
     ModelConfig,
@@ -22,16 +31,9 @@ from jaxllm.config import (
 )
 from jaxllm.configfile import override
 from jaxllm.models.moe import MoE
-from jaxllm.step import Setup, compile_step, init_state, prepare
+from jaxllm.step import prepare
 from jaxllm.train import train as run_training
 
-MESHES = {
-    "one device": {},
-    "expert 8": dict(expert=8),
-    "fsdp 4 x expert 2": dict(fsdp=4, expert=2),
-    "fsdp 2 x expert 4": dict(fsdp=2, expert=4),
-    "data 2 x expert 2 x tensor 2": dict(data=2, expert=2, tensor=2),
-}
 MIXTURES = {
     "dropless": MoEConfig(
         num_experts=8,
@@ -55,18 +57,14 @@ PAIRS = [
     ("dropless", "expert 8"),
     ("dropless", "fsdp 4 x expert 2"),
     ("dropless", "data 2 x expert 2 x tensor 2"),
-    ("capacity", "fsdp 2 x expert 4"),
+    ("capacity", "data 2 x expert 4"),
 ]
-STEPS = 20
-ROWS, LENGTH, WORDS = 16, 32, 96
 # The promise for dense models, and for experts as long as every token has the same ones
 # on both meshes. Roundings make scores differ by 1e-6 after some steps, and the closest
 # two scores around the last expert chosen, of the 400 tokens of a batch and layer, are
 # about 1e-4 apart: in one of a hundred batches a token changes places. That alone moves
 # the loss by 1e-5 to 1e-4, and it shows in `router_balance_loss`, which has the loads.
-LOSS_TOLERANCE = 1e-6
 CHANGED_TOLERANCE = 1e-3
-NORM_TOLERANCE = float(np.finfo(np.float32).eps * np.sqrt(ROWS * LENGTH * STEPS))
 
 
 def config(mixture: str) -> Config:
@@ -85,7 +83,7 @@ def config(mixture: str) -> Config:
     return Config(
         steps=STEPS,
         model=model,
-        data=DataConfig(paths=("none",), sequence_length=LENGTH, batch_size=ROWS),
+        data=DATA,
         loss=LossConfig(chunk_tokens=64),
         optimizer=OptimizerConfig(
             lr=3e-3, warmup_steps=4, weight_decay=0.1, microbatches=2
@@ -93,82 +91,22 @@ def config(mixture: str) -> Config:
     )
 
 
-def packed_batch(step: int) -> dict[str, np.ndarray]:
-    """Rows of five documents and padding; text that can be learned."""
-    rng = np.random.default_rng(step)
-    names = ("tokens", "targets", "segments", "positions")
-    batch = {name: np.zeros((ROWS, LENGTH), np.int32) for name in names}
-    batch["targets"] -= 1
-    for row in range(ROWS):
-        cuts = np.sort(rng.choice(np.arange(2, LENGTH), 5, replace=False))
-        for number, (start, stop) in enumerate(zip([0, *cuts], cuts, strict=False), 1):
-            places, part = np.arange(stop - start), (row, slice(start, stop))
-            words = (rng.integers(WORDS) + rng.integers(1, 4) * places) % WORDS
-            batch["tokens"][part], batch["segments"][part] = words, number
-            batch["positions"][part] = places
-            batch["targets"][row, start : stop - 1] = words[1:]
-    return batch
+@pytest.mark.parametrize(("mixture", "mesh"), PAIRS)
+def test_the_initial_parameters_are_bitwise_the_same_on_every_mesh(mixture, mesh):
+    one, many = (train(config(mixture), name) for name in (ONE_DEVICE, mesh))
+    assert changed(one, many) == []
 
 
-@dataclasses.dataclass(frozen=True)
-class Course:
-    """What 20 steps on a mesh gave."""
-
-    initial: dict[str, np.ndarray]
-    final: dict[str, np.ndarray]
-    metrics: dict[str, np.ndarray]  # float64, by step
-
-
-@functools.cache
-def built(mixture: str, mesh_name: str) -> tuple[Setup, jax.stages.Compiled]:
-    sizes = MESHES[mesh_name]
-    mesh = sharding.make_mesh(sizes, jax.devices()[: 8 if sizes else 1])
-    setup = prepare(config(mixture), mesh)
-    return setup, compile_step(setup)
-
-
-@functools.cache
-def train(mixture: str, mesh_name: str) -> Course:
-    setup, step = built(mixture, mesh_name)
-    place = setup.abstract_batch["tokens"].sharding
-    state = init_state(setup)
-    initial = parameters(setup, state)
-    records = []
-    for number in range(STEPS):
-        state, metrics = step(state, jax.device_put(packed_batch(number), place))
-        records.append(jax.device_get(metrics))
-    return Course(
-        initial,
-        parameters(setup, state),
-        {
-            name: np.array([record[name] for record in records], np.float64)
-            for name in records[0]
-        },
-    )
-
-
-def parameters(setup: Setup, state) -> dict[str, np.ndarray]:
-    leaves = jax.device_get(jax.tree.leaves(state.params))
-    return dict(zip(setup.leaf_paths, leaves, strict=True))
-
-
-@pytest.mark.parametrize(("mixture", "mesh_name"), PAIRS)
-def test_the_initial_parameters_are_bitwise_the_same_on_every_mesh(mixture, mesh_name):
-    one, many = (train(mixture, name).initial for name in ("one device", mesh_name))
-    assert one.keys() == many.keys()
-    assert [path for path in one if not np.array_equal(one[path], many[path])] == []
-
-
-@pytest.mark.parametrize(("mixture", "mesh_name"), PAIRS)
-def test_the_losses_of_20_steps_are_the_same_on_every_mesh(mixture, mesh_name):
-    one, many = (train(mixture, name).metrics for name in ("one device", mesh_name))
-    assert np.ptp(one["loss"]) > 0.1  # it learns: they could differ
+@pytest.mark.parametrize(("mixture", "mesh"), PAIRS)
+def test_the_losses_of_20_steps_are_the_same_on_every_mesh(mixture, mesh):
+    one, many = (train(config(mixture), name) for name in (ONE_DEVICE, mesh))
+    assert np.ptp(one.metrics["loss"]) > 0.1  # it learns: they could differ
     names = ("loss", "objective", "grad_norm", "router_balance_loss")
-    apart = {name: np.abs(many[name] / one[name] - 1) for name in names}
+    apart = {name: difference(one, many, name) for name in names}
     same = apart["router_balance_loss"] < LOSS_TOLERANCE
     first = STEPS if same.all() else int(np.argmin(same))  # step of another choice
     print(
-        f"\n{mixture:<9} {mesh_name:<29} same experts for {first} steps: loss "
+        f"\n{mixture:<9} {mesh:<29} same experts for {first} steps: loss "
         f"{apart['loss'][:first].max():.1e}, gradient norm "
         f"{apart['grad_norm'][:first].max():.1e}; all {STEPS}: loss "
         f"{apart['loss'].max():.1e}, gradient norm {apart['grad_norm'].max():.1e}"
@@ -181,7 +119,7 @@ def test_the_losses_of_20_steps_are_the_same_on_every_mesh(mixture, mesh_name):
 
 
 def test_biases_move_by_their_step_and_are_in_no_gradient_norm():
-    course = train("capacity", "one device")
+    course = train(config("capacity"), ONE_DEVICE)
     paths = [path for path in course.final if path.endswith("router_bias")]
     assert paths
     for path in paths:
@@ -189,9 +127,8 @@ def test_biases_move_by_their_step_and_are_in_no_gradient_norm():
         np.testing.assert_allclose(steps, np.round(steps), atol=1e-3)
         assert np.all(np.abs(steps) <= STEPS + 1e-3)
         assert np.any(steps)
-    setup, _ = built("capacity", "one device")
     norms = course.metrics["leaf_norms"]
-    trained = [not path.endswith("router_bias") for path in setup.leaf_paths]
+    trained = [not path.endswith("router_bias") for path in course.initial]
     np.testing.assert_allclose(
         course.metrics["grad_norm"],
         np.linalg.norm(norms[:, trained], axis=1),
@@ -201,8 +138,8 @@ def test_biases_move_by_their_step_and_are_in_no_gradient_norm():
 
 
 def test_dropless_experts_report_no_drops_and_full_ones_some():
-    assert "router_dropped" not in train("dropless", "one device").metrics
-    dropped = train("capacity", "one device").metrics["router_dropped"]
+    assert "router_dropped" not in train(config("dropless"), ONE_DEVICE).metrics
+    dropped = train(config("capacity"), ONE_DEVICE).metrics["router_dropped"]
     assert np.all((dropped > 0) & (dropped < 1))
 
 
