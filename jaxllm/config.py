@@ -187,8 +187,10 @@ class DistributedConfig:
 
     start_timeout_s: int = 300  # until all have started
     heartbeat_timeout_s: int = 60  # without a sign of life, until a process is dead
+    stall_timeout_s: int = 300  # limit of a step that is usually faster; 0 is none
 
     def __post_init__(self):
+        check_not_negative(self, "distributed", "stall_timeout_s")
         check_positive(self, "distributed", "start_timeout_s heartbeat_timeout_s")
 
 

@@ -1,50 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The processes of a run: how they find each other, and how they agree.
+"""What the processes of a run have to agree on, and how they do.
 
 One process leads: it alone writes what is not a part of a global array. Alone, a
 process leads itself, and all of this is free.
 """
 
 import os
-import socket
-import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxllm.config import DistributedConfig, InputError
+from jaxllm.errors import InputError
 from jaxllm.gpuflags import describe_flags
-from jaxllm.launch import check_devices, check_host_name, find_launch, local_devices
 
 _MESSAGE_BYTES = 4096
-
-
-def join(config: DistributedConfig) -> None:
-    """Joins the other processes of the run, if any; before a device is used.
-
-    Raises:
-      InputError: see `jaxllm.launch`.
-    """
-    launch = find_launch(os.environ)
-    if jax.distributed.is_initialized():
-        return
-    if launch is not None:
-        if jax.config.jax_platforms == "cpu":
-            check_host_name(os.environ, socket.gethostname())
-        # Its handler would take SIGTERM away from `resilience.preemption`.
-        jax.config.update("jax_enable_preemption_service", False)
-        jax.distributed.initialize(
-            launch.coordinator,
-            launch.num_processes,
-            launch.process_id,
-            local_device_ids=local_devices(os.environ),
-            initialization_timeout=config.start_timeout_s,
-            heartbeat_timeout_seconds=config.heartbeat_timeout_s,
-        )
-    check_devices(launch, os.environ, jax.devices())
+_WRONG, _FAILED = "!?"  # what an error was, before its message
 
 
 def describe() -> str:
@@ -65,6 +38,7 @@ def on_lead(action: Callable[[], Any]) -> None:
 
     Raises:
       InputError: on every process, with the leading one's message.
+      RuntimeError: on the others, if it failed in another way.
     """
     error = None
     if is_lead():
@@ -76,11 +50,13 @@ def on_lead(action: Callable[[], Any]) -> None:
             error = caught
     if jax.process_count() == 1:
         return
-    message = _broadcast_text(str(error) if error is not None else "")
+    kind = _WRONG if isinstance(error, InputError) else _FAILED
+    message = text_of_lead("" if error is None else f"{kind}{error}")
     if error is not None:
         raise error
     if message:
-        raise InputError(message)
+        kind = InputError if message.startswith(_WRONG) else RuntimeError
+        raise kind(message[1:])
 
 
 def of_lead(number: int) -> int:
@@ -90,17 +66,13 @@ def of_lead(number: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int64(number)))
 
 
-def leave(status: int) -> NoReturn:
-    """Exits after an error, without waiting for processes that may be stuck.
-
-    Python's ordinary exit waits for all to come to JAX's last barrier, and is aborted
-    there once `heartbeat_timeout_s` have passed.
-    """
-    if not jax.distributed.is_initialized():
-        sys.exit(status)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+def text_of_lead(text: str) -> str:
+    """Returns the leading process's text, of 4 KiB at most, on every process."""
+    data = np.zeros(_MESSAGE_BYTES, np.uint8)
+    encoded = text.encode()[:_MESSAGE_BYTES]
+    data[: len(encoded)] = list(encoded)
+    received = np.asarray(multihost_utils.broadcast_one_to_all(data))
+    return bytes(received).rstrip(b"\0").decode(errors="replace")
 
 
 class Poll:
@@ -132,11 +104,3 @@ class Poll:
             return answer
         before, self._pending = self._pending, self._add(self._votes[answer])
         return before is not None and int(jax.device_get(before)) > 0
-
-
-def _broadcast_text(text: str) -> str:
-    data = np.zeros(_MESSAGE_BYTES, np.uint8)
-    encoded = text.encode()[:_MESSAGE_BYTES]
-    data[: len(encoded)] = list(encoded)
-    received = np.asarray(multihost_utils.broadcast_one_to_all(data))
-    return bytes(received).rstrip(b"\0").decode(errors="replace")

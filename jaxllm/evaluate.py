@@ -15,7 +15,7 @@ import numpy as np
 from absl import flags as absl_flags
 
 import sharding
-from jaxllm import distributed, flags
+from jaxllm import distributed, flags, membership
 from jaxllm.config import Config
 from jaxllm.data.batches import Batches, eval_batches
 from jaxllm.data.splits import check_vocab, open_splits
@@ -33,7 +33,12 @@ def evaluate(
       eval_step: from `compile_eval`.
       batches: from `held_out`.
     """
-    sums = [eval_step(params, batch) for batch in batches]
+    sums = []
+    for batch in batches:
+        sums.append(eval_step(params, batch))
+        # No more than two wait for the devices: batches need memory, and whoever looks
+        # on sees that one after the other is done.
+        jax.block_until_ready(sums[-2:-1])
     # Added on the host in float64: the mean must not depend on how many batches
     # there are.
     nll, num_targets = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
@@ -73,7 +78,7 @@ def main(argv: list[str]):
     del argv
     config, workdir = flags.config_from_flags(), flags.workdir_from_flags()
     which = read_step(absl_flags.FLAGS.step)
-    distributed.join(config.distributed)
+    membership.join(config.distributed)
     result = evaluate_run(workdir, config, which)
     if distributed.is_lead():
         print(json.dumps(result))

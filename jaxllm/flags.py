@@ -16,11 +16,12 @@ import traceback
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 from absl import app, flags
 
-from jaxllm import distributed
+from jaxllm import membership
 from jaxllm.checkpoint import CheckpointError
 from jaxllm.config import Config, InputError
 from jaxllm.configfile import load_config, override
@@ -53,20 +54,31 @@ def run(main: Callable[[list[str]], int | None], *, positionals: bool = False):
         app.run(main, flags_parser=parse)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from here.", file=sys.stderr)
-        sys.exit(RESUMABLE)
+        membership.leave(RESUMABLE, "interrupted")
     except BrokenPipeError:  # the reader of our output, such as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(FAILED)
+        membership.leave(FAILED, "nobody reads its output")
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            raise
+        membership.leave(end.code or FINISHED)
     except Exception as error:
-        for cause in _causes(error):
-            if explained := explain(cause):
-                status, message = explained
-                print(f"error: {message}", file=sys.stderr)
-                distributed.leave(status)
-        if jax.distributed.is_initialized():
-            traceback.print_exception(error)
-            distributed.leave(FAILED)
-        raise
+        _fail(error)
+
+
+def _fail(error: Exception) -> NoReturn:
+    """Explains an error and ends this process."""
+    explained = next(filter(None, map(explain, _causes(error))), None)
+    if explained is None or explained[0] != WRONG_INPUT:
+        membership.hear_others()
+    if explained is not None:
+        status, message = explained
+        print(f"error: {message}", file=sys.stderr)
+        membership.leave(status, message)
+    if jax.distributed.is_initialized():
+        traceback.print_exception(error)
+        membership.leave(FAILED, f"{type(error).__name__}: {error}")
+    raise error
 
 
 def define_config_flags():

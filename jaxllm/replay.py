@@ -17,7 +17,7 @@ import numpy as np
 from absl import flags as absl_flags
 
 import sharding
-from jaxllm import distributed, flags
+from jaxllm import distributed, flags, membership
 from jaxllm.bounds import place_bounds
 from jaxllm.checkpoint import Checkpoints
 from jaxllm.config import Config, InputError
@@ -189,7 +189,7 @@ def main(argv: list[str]):
     values = absl_flags.FLAGS
     if values.step is None:
         raise InputError("--step is missing; give the number of a step.")
-    distributed.join(config.distributed)
+    membership.join(config.distributed)
     found = replay(workdir, config, values.step, values.batch)
     if distributed.is_lead():
         print(describe(found))

@@ -95,7 +95,8 @@ class Run:
         yield from self._flush()
         assert self.eval_step is not None, "`open_run` compiles it if eval.every is set"
         with self.phases("eval"), held_out(self.setup) as batches:
-            result = evaluate(self.eval_step, state.params, batches)
+            each = self.phases.each(batches)
+            result = evaluate(self.eval_step, state.params, each)
         self._eval = (step, result)
         yield self.writer.write(step, result)
 

@@ -18,7 +18,7 @@ from typing import Any
 from absl import flags as absl_flags
 
 import sharding
-from jaxllm import distributed, flags
+from jaxllm import distributed, flags, membership
 from jaxllm.compilation import use_compilation_cache
 from jaxllm.config import Config
 from jaxllm.console import Console
@@ -111,12 +111,13 @@ def main(argv: list[str]) -> int:
     del argv
     values, phases = absl_flags.FLAGS, Phases(age_s=process_age_s())
     config = flags.config_from_flags()
-    distributed.join(config.distributed)
+    membership.join(config.distributed, phases)
     use_compilation_cache()
     if values.dry_run:
         print(dry_run(config))
         return flags.FINISHED
     workdir = flags.workdir_from_flags()
+    membership.write_stacks_to(workdir)
     with Console(config.steps) as console, stop_signals() as should_stop:
         console.take_logs(logging.INFO if distributed.is_lead() else logging.WARNING)
         records = train(

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jaxllm.config import Config, InputError
+from jaxllm.resilience.watchdog import STALLS
 from jaxllm.savedconfig import compare_configs, read_values
 
 CHECKPOINTS = "checkpoints"
@@ -19,6 +20,7 @@ _OWN = (
     "config.json",
     "metrics.jsonl",
     "ledger.jsonl",
+    STALLS,
     CHECKPOINTS,
     "tensorboard",
     "wandb_id.txt",

@@ -5,6 +5,8 @@ import dataclasses
 import json
 import os
 import platform
+import pprint
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -137,3 +139,64 @@ def run_command(command_server, tmp_path_factory) -> Callable[..., Ended]:
         return Ended(status, *((said / n).read_text() for n in ("stdout", "stderr")))
 
     return run
+
+
+@dataclasses.dataclass
+class Processes:
+    """Some processes of one run, on this machine."""
+
+    processes: list[subprocess.Popen]
+    logs: list[Path]
+
+    def wait(self) -> list[int]:
+        """Waits until all have ended; returns their exit statuses."""
+        return [process.wait(timeout=300) for process in self.processes]
+
+    def said(self, index: int) -> str:
+        """Returns what one of them has said so far."""
+        return self.logs[index].read_text()
+
+
+@pytest.fixture
+def start_processes() -> Iterator[Callable[..., Processes]]:
+    """Starts the training of a config in folder/run, by some processes."""
+    started: list[subprocess.Popen] = []
+
+    def start(
+        config: Config,
+        folder: Path,
+        number: int,
+        devices: int,
+        run: str,
+        *,
+        preamble: str = "",  # Python, before the config
+    ) -> Processes:
+        path = folder / "config.py"
+        path.write_text(
+            f"{preamble}\nfrom jaxllm.config import *\n"
+            f"def get_config():\n    return {pprint.pformat(config)}\n"
+        )
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        logs = [folder / f"{run}-{number}-{index}.log" for index in range(number)]
+        for index, log in enumerate(logs):
+            environment = {
+                **os.environ,
+                "JAX_NUM_CPU_DEVICES": str(devices),
+                "JAXLLM_COORDINATOR": f"127.0.0.1:{port}",
+                "JAXLLM_NUM_PROCESSES": str(number),
+                "JAXLLM_PROCESS_ID": str(index),
+            }
+            command = [sys.executable, "-m", "jaxllm.train", f"--config={path}"]
+            command.append(f"--workdir={folder / run}")
+            with log.open("w") as file:
+                started.append(
+                    subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+                )
+        return Processes(started[-number:], logs)
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()

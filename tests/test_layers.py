@@ -24,6 +24,7 @@ LAYERS = (
     ("jaxllm.configfile", "jaxllm.console", "jaxllm.resilience"),
     ("jaxllm.savedconfig", "jaxllm.launch"),
     ("jaxllm.distributed",),
+    ("jaxllm.membership",),
     ("jaxllm.models", "jaxllm.data", "jaxllm.budget", "jaxllm.metrics"),
     ("jaxllm.muon", "jaxllm.optimizer", "jaxllm.loss", "jaxllm.workdir"),
     ("jaxllm.bounds",),

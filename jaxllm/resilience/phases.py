@@ -8,7 +8,7 @@ end listens too: both see the same boundaries.
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -71,6 +71,12 @@ class Phases:
         self._now, self._since_s = phase, now_s
         for listener in self._listeners:
             listener(phase)
+
+    def each[T](self, items: Iterable[T]) -> Iterator[T]:
+        """Yields items; each one begins the phase under way again: it goes on."""
+        for item in items:
+            self.begin(self._now)
+            yield item
 
     def listen(self, listener: Listener) -> None:
         """Calls listener with every phase that begins from now on, in this thread."""

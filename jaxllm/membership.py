@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a process joins the others of its run, is watched meanwhile, and leaves them."""
+
+import os
+import socket
+import sys
+import threading
+from pathlib import Path
+from typing import NoReturn
+
+import jax
+
+from jaxllm.config import DistributedConfig
+from jaxllm.distributed import is_lead, text_of_lead
+from jaxllm.errors import RESUMABLE
+from jaxllm.launch import (
+    Launch,
+    check_devices,
+    check_host_name,
+    find_launch,
+    local_devices,
+)
+from jaxllm.resilience.aborts import delay_aborts
+from jaxllm.resilience.limits import Limits
+from jaxllm.resilience.peers import Meeting, Peers, come
+from jaxllm.resilience.phases import Phases
+from jaxllm.resilience.watchdog import Watchdog
+
+_LATER = 3  # JAX has limits of its own, and aborts: it is told to wait longer than we
+
+_watchdog: Watchdog | None = None  # of this process
+
+
+def join(config: DistributedConfig, phases: Phases | None = None) -> None:
+    """Joins the other processes of the run, if any; before a device is used.
+
+    From now on a watchdog ends this process with 75 if another one dies, or if a phase
+    takes too long on any of them.
+
+    Raises:
+      InputError: see `jaxllm.launch`.
+    """
+    global _watchdog
+    launch, peers = find_launch(os.environ), None
+    if jax.distributed.is_initialized():
+        return
+    if launch is not None:
+        if jax.config.jax_platforms == "cpu":
+            check_host_name(os.environ, socket.gethostname())
+        peers = _meet(launch, config)
+    limits = None if phases is None else Limits(phases, config.stall_timeout_s)
+    _watchdog = Watchdog(limits, config.heartbeat_timeout_s, peers=peers)
+    _watchdog.start()
+    check_devices(launch, os.environ, jax.devices())
+
+
+def write_stacks_to(workdir: Path) -> None:
+    """Says where to write what each thread was doing, should the run not go on."""
+    if _watchdog is not None:
+        _watchdog.workdir = workdir
+
+
+def hear_others() -> None:
+    """Waits a moment before an error is shown: another process may be its cause.
+
+    If so, does not return: the watchdog ends this process, and says so.
+    """
+    if _watchdog is not None and jax.distributed.is_initialized():
+        _watchdog.hear()
+
+
+def leave(status: int, why: str = "") -> NoReturn:
+    """Exits; for an error, with why, so that the other processes end too.
+
+    Python's ordinary exit would wait for all of them to come to JAX's last barrier, and
+    be aborted there after a while if one of them cannot.
+    """
+    if not jax.distributed.is_initialized():
+        sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if _watchdog is None:  # the processes have not met
+        os._exit(status)
+    _watchdog.leave(status, why)
+
+
+def _meet(launch: Launch, config: DistributedConfig) -> Peers:
+    """Joins the other processes in JAX, and connects the watchdogs of all."""
+    delay_aborts()
+    limit_s = config.start_timeout_s
+    why = f"config.distributed.start_timeout_s={limit_s} have passed"
+    give_up = threading.Timer(limit_s, _give_up, (launch, why))
+    give_up.daemon = True
+    give_up.start()
+    # Its handler would take SIGTERM away from `resilience.preemption`.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(
+            launch.coordinator,
+            launch.num_processes,
+            launch.process_id,
+            local_device_ids=local_devices(os.environ),
+            initialization_timeout=_LATER * limit_s,
+            heartbeat_timeout_seconds=_LATER * config.heartbeat_timeout_s,
+        )
+        meeting = Meeting() if is_lead() else None
+        invitation = text_of_lead(meeting.invitation if meeting else "")
+        if meeting is not None:
+            return meeting.gather(launch.num_processes, limit_s)
+        host = launch.coordinator.rpartition(":")[0].strip("[]")
+        return come(invitation, host, launch.process_id, limit_s)
+    except (jax.errors.JaxRuntimeError, OSError) as error:
+        _give_up(launch, f"{type(error).__name__}: {error}")
+    finally:
+        give_up.cancel()
+
+
+def _give_up(launch: Launch, why: str) -> NoReturn:
+    """Ends this process, whatever its main thread waits for."""
+    text = (
+        f"error: the {launch.num_processes} processes did not all meet at "
+        f"{launch.coordinator}: one did not start, died, or cannot be reached ({why})."
+    )
+    print(text, file=sys.stderr, flush=True)
+    os._exit(RESUMABLE)
