@@ -4,8 +4,9 @@
     python scripts/compile_step.py --config configs/llama_8b.py --gpus 8 \\
         [--config.kernels.attention=xla] [--json]
 
-Bytes of one device, arrays that a step communicates, and calls of kernels in its text:
-those of a loop's body count once. Needs no GPU but what `make .venv/cuda` installs.
+Bytes of one device, arrays that a step communicates, calls of kernels in its text,
+where those of a loop's body count once, and the bill of what devices send each other.
+Needs no GPU but what `make .venv/cuda` installs.
 """
 
 import collections
@@ -30,7 +31,7 @@ CALL = r'custom_call_target="(mosaic_gpu\w*|__cudnn\$\w+)".*?op_name="([^"]*)"'
 
 
 def cost(config: Config, num_gpus: int) -> dict[str, Any]:
-    """Returns bytes of a device, and the counts of collectives and kernel calls."""
+    """Returns bytes of a device, counts of collectives and kernel calls, the bill."""
     devices = offline.described_devices(num_gpus)
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh), devices)
     setup = prepare(config, mesh)
@@ -42,7 +43,8 @@ def cost(config: Config, num_gpus: int) -> dict[str, Any]:
     assert memory is not None and text is not None
     # Arrays: one instruction may move several, and often if it is in a loop.
     moved = collections.Counter()
-    for collective in sharding.read_collectives(text, mesh):
+    collectives = sharding.read_collectives(text, mesh)
+    for collective in collectives:
         moved[collective.kind] += len(collective.arrays) * (collective.count or 1)
     return {
         "choices": chosen.splitlines(),
@@ -53,6 +55,7 @@ def cost(config: Config, num_gpus: int) -> dict[str, Any]:
         "temporary_bytes": memory.temp_size_in_bytes,
         "collectives": dict(moved),
         "kernels": kernel_calls(text),
+        "bill": sharding.bill(collectives),
     }
 
 
@@ -80,6 +83,8 @@ def main(argv: list[str]) -> int:
     for name, value in facts.items():
         if name.endswith("_bytes"):
             value = f"{value / 2**30:.3f} GiB"
+        elif name == "bill":
+            value = f"\n{value}"
         print(f"{name:<16} {value}")
     return 0
 
