@@ -15,11 +15,12 @@ H200_BYTES_PER_S = 4.3e12
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Search:
-    """The tiles that a case's kernel may run with, and where the best is written."""
+    """The tiles that one kernel of a case may run with, and where the best is kept."""
 
     kernel: str  # in `devices/<kind>.json`, such as "attention_forward"
     call: Mapping[str, Any]  # what `tuning.find_tile` is asked for
-    tiles: tuple[Any, ...]  # frozen dataclasses; the shipped one among them
+    tiles: tuple[Any, ...]  # frozen dataclasses
+    shipped: Any  # the one of them that "mosaic" runs with
     function: Callable[[Any], Callable]  # from a tile to what "mosaic" would run
 
 
@@ -37,7 +38,7 @@ class Case:
     make_inputs: Callable[[jax.Array], tuple[jax.Array, ...]]  # from a PRNG key
     call: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # for bench/peers
     reference: Callable | None = None  # on float32 inputs, in little memory; None: xla
-    search: Search | None = None  # None: nothing to choose
+    searches: tuple[Search, ...] = ()  # of its kernels that have something to choose
     in_ci: bool = True  # compiled in every test run; scripts compile all
 
     def least_seconds(

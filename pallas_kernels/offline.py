@@ -28,6 +28,8 @@ OPERATIONS = ("attention", "norm", "cross_entropy", "grouped_matmul", "quantize"
 TOOLCHAIN_VARIABLE = "PALLAS_KERNELS_CUDA"
 DEVICES = Path(__file__).parent / "devices"
 
+Candidate = tuple[int, int]  # number of a search of a case, and of a tile of it
+
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
@@ -82,19 +84,19 @@ def described_mesh(
 
 
 def compile_case(
-    case: Case, implementation: str = "mosaic", tile_index: int | None = None
+    case: Case, implementation: str = "mosaic", candidate: Candidate | None = None
 ) -> Any:
     """Returns a case compiled for one described GPU; see `described_mesh`.
 
     Args:
       case: the call.
       implementation: key of its functions.
-      tile_index: of the case's search, to compile with that tile instead.
+      candidate: a tile of a search of the case, to compile with instead.
     """
     function = case.functions[implementation]
-    if tile_index is not None:
-        assert case.search is not None
-        function = case.search.function(case.search.tiles[tile_index])
+    if candidate is not None:
+        search = case.searches[candidate[0]]
+        function = search.function(search.tiles[candidate[1]])
     mesh = described_mesh()
     whole = jax.NamedSharding(mesh, jax.P())
     arguments = [
@@ -118,24 +120,24 @@ def toolchain() -> Path | None:
 
 
 def compile_in_subprocess(
-    operation: str, name: str, tile_index: int | None = None
+    operation: str, name: str, candidate: Candidate | None = None
 ) -> Compiled:
     """Compiles one case in a process of its own and reads what the compiler said.
 
     Args:
       operation: folder of the operation.
       name: of the case.
-      tile_index: see `compile_case`.
+      candidate: see `compile_case`.
 
     Raises:
       FileNotFoundError: there is no toolchain.
     """
     folder = _existing_toolchain()
-    index = [] if tile_index is None else [str(tile_index)]
+    which = [] if candidate is None else map(str, candidate)
     module = ["-m", "pallas_kernels.offline"]
     with tempfile.TemporaryDirectory() as dump:
         ended = run_python(
-            [*module, "--child", operation, name, *index],
+            [*module, "--child", operation, name, *which],
             MOSAIC_GPU_DUMP_TO=dump,
             MOSAIC_GPU_DUMP_PTX="1",
         )
@@ -229,9 +231,10 @@ def format_resources(rows: Sequence[tuple[Case, Resources]]) -> str:
 def main(arguments: Sequence[str]) -> int:
     """Prints the table of the cases asked for; the exit status is 1 if one failed."""
     if arguments[:1] == ["--child"]:
-        operation, name, *index = arguments[1:]
+        operation, name, *which = arguments[1:]
         case = next(c for c in find_cases(operation) if c.name == name)
-        compile_case(case, tile_index=int(index[0]) if index else None)
+        candidate = (int(which[0]), int(which[1])) if which else None
+        compile_case(case, candidate=candidate)
         return 0
     operations = [arguments[0]] if arguments else list(OPERATIONS)
     part = arguments[1] if len(arguments) > 1 else ""

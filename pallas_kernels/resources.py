@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pallas_kernels import mosaic, offline
-from pallas_kernels.case import Case
+from pallas_kernels.case import Case, Search
 
 FILE = offline.DEVICES / "nvidia_h200_resources.json"
 VERSION = ".".join(map(str, mosaic.JAX_VERSION))  # compilers come with jax
@@ -89,9 +89,10 @@ def by_name(kernels: Sequence[offline.Resources]) -> dict[str, offline.Resources
     return found
 
 
-def reason_against(case: Case, tile: Any) -> str:
+def reason_against(case: Case, search: Search, tile: Any) -> str:
     """Returns why a tile is not worth timing, or "": also if it was not compiled."""
-    return entry(case.operation, case.name).get("tiles", {}).get(str(tile), "")
+    judged = entry(case.operation, case.name).get("tiles", {})
+    return judged.get(search.kernel, {}).get(str(tile), "")
 
 
 def compile_and_record(
@@ -119,7 +120,7 @@ def compile_and_record(
                 "predicted_us": round(1e6 * case.least_seconds(), 2),
                 "kernels": {n: _facts(k) for n, k in by_name(result.kernels).items()},
             }
-            if with_tiles and case.search is not None:
+            if with_tiles and case.searches:
                 new["tiles"] = _judge_tiles(case, pool)
             if not found:
                 _rewrite(case, new)
@@ -128,16 +129,20 @@ def compile_and_record(
     return good
 
 
-def _judge_tiles(case: Case, pool: concurrent.futures.Executor) -> dict[str, str]:
-    """Returns what is wrong with each tile, "" if nothing is."""
-    assert case.search is not None
+def _judge_tiles(
+    case: Case, pool: concurrent.futures.Executor
+) -> dict[str, dict[str, str]]:
+    """Returns what is wrong with each tile of each kernel, "" if nothing is."""
 
-    def judge(index):
-        compiled = offline.compile_in_subprocess(case.operation, case.name, index)
+    def judge(candidate):
+        compiled = offline.compile_in_subprocess(case.operation, case.name, candidate)
         return "; ".join(faults(compiled, needs_hgmma=False))[:200]
 
-    said = pool.map(judge, range(len(case.search.tiles)))
-    return {str(tile): why for tile, why in zip(case.search.tiles, said, strict=True)}
+    found = {}
+    for number, search in enumerate(case.searches):
+        said = pool.map(judge, [(number, i) for i in range(len(search.tiles))])
+        found[search.kernel] = dict(zip(map(str, search.tiles), said, strict=True))
+    return found
 
 
 def _facts(kernel: offline.Resources) -> dict[str, Any]:

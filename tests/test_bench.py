@@ -45,11 +45,14 @@ def make_case(**changes) -> Case:
         num_bytes=4.0 * 64 * 64,
         tile=Tile(8),
         make_inputs=lambda key: (jax.random.normal(key, (64, 64), jnp.bfloat16),),
-        search=Search(
-            kernel="scale",
-            call={"width": 64},
-            tiles=(Tile(8), Tile(16)),
-            function=lambda tile: functools.partial(scale, by=2.0),
+        searches=(
+            Search(
+                kernel="scale",
+                call={"width": 64},
+                tiles=(Tile(8), Tile(16)),
+                shipped=Tile(8),
+                function=lambda tile: functools.partial(scale, by=2.0),
+            ),
         ),
     )
     return Case(**fields | changes)
@@ -230,7 +233,8 @@ def test_a_crash_and_a_hang_cost_their_case_only(options, tmp_path):
 def test_tiles_are_timed_and_the_best_is_written(options, tmp_path):
     options = dataclasses.replace(options, tune=True)
     record = measure(make_case(), options)
-    assert [row["said"] for row in record["tiles"]] == ["right", "right"]
+    (found,) = record["searches"]
+    assert [row["said"] for row in found["tiles"]] == ["right", "right"]
     path = tmp_path / "table.json"
     assert search.update_table(path, [record]) == 1
     (entry,) = json.loads(path.read_text())["scale"]
@@ -240,10 +244,9 @@ def test_tiles_are_timed_and_the_best_is_written(options, tmp_path):
 
 def tuned(call, times, name="a"):
     rows = [{"tile": {"rows": rows}, "us": us} for rows, us in times.items()]
-    search = {"kernel": "scale", "call": call}
     date = "2026-01-02T00:00:00+00:00"
-    tile = {"rows": 8}
-    return {"name": name, "search": search, "tiles": rows, "tile": tile, "date": date}
+    search = dict(kernel="scale", call=call, shipped={"rows": 8}, tiles=rows)
+    return {"name": name, "searches": [search], "date": date}
 
 
 def test_the_shipped_tile_stays_unless_another_is_clearly_better(tmp_path):

@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 
-from pallas_kernels.attention import cases
+from pallas_kernels.attention import calls, cases
 
 CASES = {case.name: case for case in cases.cases()}
 
@@ -16,7 +16,7 @@ def test_every_case_has_its_own_name_and_the_kernel():
 
 
 def test_only_products_in_sight_count():
-    b, t, n, _, h = cases.MHA[128]
+    b, t, n, _, h = calls.MHA[128]
     causal = 4 * b * n * h * t * (t + 1) / 2
     assert CASES["forward-h128-causal-8k"].flops == causal
     assert CASES["forward-backward-h128-causal-8k"].flops == 3.5 * causal
@@ -24,12 +24,19 @@ def test_only_products_in_sight_count():
     assert CASES["forward-h128-decode-8k"].flops == 4 * 64 * 32 * 128 * 8192
 
 
-def test_the_tile_that_runs_is_among_those_searched():
-    searched = [case for case in CASES.values() if case.search]
-    assert len(searched) == len(cases.SEARCHED)
-    for case in searched:
-        assert case.search is not None
-        assert case.tile in case.search.tiles
+def test_every_kernel_of_a_call_that_is_searched_has_a_search():
+    found = {
+        (search.kernel, call["head_dim"], call["causal"])
+        for case in CASES.values()
+        for search in case.searches
+        for call in [search.call]
+    }
+    kernels = ("forward", "backward_dq", "backward_dkv")
+    shapes = [(h, causal) for h in (64, 128, 256) for causal in (True, False)]
+    expected = {(f"attention_{k}", h, causal) for k in kernels for h, causal in shapes}
+    assert found == expected | {
+        ("attention_backward_fused", h, True) for h in (64, 128)
+    }
 
 
 @pytest.mark.parametrize("case", cases.tiny_cases(), ids=lambda case: case.name)

@@ -57,7 +57,7 @@ def measure(
             if options.peers and not options.dry:
                 work.add_jax_peers()
             work.time(list(work.entrants), rounds=options.rounds)
-        if options.tune and case.search is not None:
+        if options.tune:
             work.search_tiles()
         return work.record()
 
@@ -75,7 +75,7 @@ class _Work:
         self.expected: list[jax.Array] | None = None
         self.errors: dict[str, list[float]] = {}
         self.timings: dict[str, Timing] = {}
-        self.tiles: list[dict[str, Any]] = []
+        self.searches: list[dict[str, Any]] = []
         self.failures: dict[str, str] = {}
 
     @contextlib.contextmanager
@@ -157,10 +157,20 @@ class _Work:
         )
 
     def search_tiles(self) -> None:
-        with self.attempt("tiles"):
-            self.tiles = search.time_tiles(
-                self.case, self.inputs, self.options, device_lock, self.errors
-            )
+        for asked in self.case.searches:
+            with self.attempt(f"tiles of {asked.kernel}"):
+                rows = search.time_tiles(
+                    *(self.case, asked, self.inputs, self.options),
+                    *(device_lock, self.errors),
+                )
+                self.searches.append(
+                    {
+                        "kernel": asked.kernel,
+                        "call": dict(asked.call),
+                        "shipped": _fields(asked.shipped),
+                        "tiles": rows,
+                    }
+                )
 
     def record(self) -> Record:
         folder = Path(self.options.folder)
@@ -187,9 +197,7 @@ class _Work:
             "timings": {name: _microseconds(t) for name, t in self.timings.items()},
             "scratch_bytes": self._scratch_bytes(),
             "failures": self.failures,
-            "tiles": self.tiles,
-            "search": case.search
-            and {"kernel": case.search.kernel, "call": dict(case.search.call)},
+            "searches": self.searches,
         }
 
     def _scratch_bytes(self) -> dict[str, int]:

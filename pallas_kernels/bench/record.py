@@ -66,7 +66,7 @@ def format_results(document: Mapping[str, Any]) -> str:
         lines += ["", f"## {operation}", "", *_table(rows)]
         lines += _backward_lines(rows)
         if tiles := [row for r in rows for row in _tile_rows(r)]:
-            lines += ["", "| case | tile | us | |", "|---|---|---|---|", *tiles]
+            lines += ["", "| case | kernel | tile | us | |", "|---" * 5 + "|", *tiles]
     return "\n".join(lines) + "\n"
 
 
@@ -148,9 +148,9 @@ def _cell_of(record: Record, name: str) -> str:
 
 
 def _tile_rows(record: Record) -> list[str]:
-    rows = sorted(record.get("tiles", ()), key=lambda row: row.get("us") or 1e30)
     return [
-        f"| {record['name']} | {row['tile']} | {row.get('us') or '-'} "
-        f"| {row.get('said', '')} |"
-        for row in rows
+        f"| {record['name']} | {search['kernel']} | {row['tile']} "
+        f"| {row.get('us') or '-'} | {row.get('said', '')} |"
+        for search in record.get("searches", ())
+        for row in sorted(search["tiles"], key=lambda row: row.get("us") or 1e30)
     ]

@@ -14,13 +14,14 @@ from pallas_kernels import resources
 from pallas_kernels.bench import check
 from pallas_kernels.bench.options import Options
 from pallas_kernels.bench.timing import Entrant, time_in_turns
-from pallas_kernels.case import Case
+from pallas_kernels.case import Case, Search
 
 WORSE = 1.02  # what the shipped tile may take, relative to the best, and stay
 
 
 def time_tiles(
     case: Case,
+    search: Search,
     inputs: list,
     options: Options,
     lock: Callable,
@@ -32,34 +33,34 @@ def time_tiles(
     what the reference gives before they are timed.
 
     Args:
-      case: has a search.
+      case: what to run.
+      search: one of its searches.
       inputs: of the case, to take in turn.
       options: of the run.
       lock: of the device.
       errors: of `check`; none where the reference did not fit into memory.
     """
-    assert case.search is not None
     rows, programs = [], {}
-    for tile in case.search.tiles:
+    for tile in search.tiles:
         row: dict[str, Any] = {"tile": dataclasses.asdict(tile)}
         rows.append(row)
-        if reason := resources.reason_against(case, tile):
+        if reason := resources.reason_against(case, search, tile):
             row["said"] = reason
         elif time.time() > options.until:
             row["said"] = "no time left"
         else:
             try:
-                function = case.search.function(tile)
+                function = search.function(tile)
                 programs[tile] = jax.jit(function).lower(*case.inputs).compile()
             except Exception as error:
                 row["said"] = f"{type(error).__name__}: {error}".split("\n")[0][:200]
     with lock(options):
-        _check_and_time(case, inputs, options, programs, rows, errors)
+        by_tile = dict(zip(search.tiles, rows, strict=True))
+        _check_and_time(case, inputs, options, programs, by_tile, errors)
     return rows
 
 
-def _check_and_time(case, inputs, options, programs, rows, errors) -> None:
-    by_tile = dict(zip(case.search.tiles, rows, strict=True))
+def _check_and_time(case, inputs, options, programs, by_tile, errors) -> None:
     expected = check.reference_outputs(case, inputs[0]) if errors else None
     plain = {name: found for name, found in errors.items() if name == "xla"}
     entrants = {}
@@ -95,50 +96,49 @@ def update_table(path: Path, records: Iterable[Mapping[str, Any]]) -> int:
     table = json.loads(path.read_text()) if path.exists() else {}
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for record in records:
-        if any("us" in row for row in record.get("tiles", ())):
-            groups.setdefault(json.dumps(record["search"]), []).append(record)
-    for text, members in groups.items():
-        search = json.loads(text)
+        about = {"name": record["name"], "date": record["date"]}
+        for search in record.get("searches", ()):
+            if any("us" in row for row in search["tiles"]):
+                key = json.dumps([search["kernel"], search["call"]])
+                groups.setdefault(key, []).append({**about, **search})
+    for key, members in groups.items():
+        kernel, call = json.loads(key)
         if (best := _best_tile(members)) is None:
             continue
         entry = {
-            "when": search["call"],
+            "when": call,
             "tile": best,
             "microseconds": [_microseconds(r, best) for r in members],
             "cases": [r["name"] for r in members],
             "date": max(r["date"] for r in members)[:10],
         }
-        others = [
-            e for e in table.get(search["kernel"], ()) if e["when"] != entry["when"]
-        ]
+        others = [e for e in table.get(kernel, ()) if e["when"] != entry["when"]]
         # The first that fits wins: those that ask for more stand above.
-        table[search["kernel"]] = sorted(
-            [*others, entry], key=lambda e: -len(e["when"])
-        )
+        table[kernel] = sorted([*others, entry], key=lambda e: -len(e["when"]))
     path.write_text(json.dumps(table, indent=1) + "\n")
     return len(groups)
 
 
-def _best_tile(records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Returns the tile of the least time relative to each record's own best."""
+def _best_tile(searches: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Returns the tile of the least time relative to each search's own best."""
     costs = {}
-    for row in records[0]["tiles"]:
-        times = [_microseconds(record, row["tile"]) for record in records]
+    for row in searches[0]["tiles"]:
+        times = [_microseconds(search, row["tile"]) for search in searches]
         if None in times:
             continue
-        bests = [min(r["us"] for r in x["tiles"] if "us" in r) for x in records]
+        bests = [min(r["us"] for r in x["tiles"] if "us" in r) for x in searches]
         costs[json.dumps(row["tile"])] = sum(
             t / b for t, b in zip(times, bests, strict=True) if t is not None
         )
     if not costs:
         return None
     best = min(costs, key=lambda text: costs[text])
-    shipped = json.dumps(records[0]["tile"])
+    shipped = json.dumps(searches[0]["shipped"])
     if shipped in costs and costs[shipped] <= WORSE * costs[best]:
         best = shipped
     return json.loads(best)
 
 
-def _microseconds(record: Mapping[str, Any], tile: Mapping[str, Any]) -> float | None:
-    found = [row.get("us") for row in record["tiles"] if row["tile"] == tile]
+def _microseconds(search: Mapping[str, Any], tile: Mapping[str, Any]) -> float | None:
+    found = [row.get("us") for row in search["tiles"] if row["tile"] == tile]
     return found[0] if found else None

@@ -147,11 +147,16 @@ def _between(
         make_inputs=make,
         call=dict(direction="between"),
         reference=functools.partial(run_plain, dtype=jnp.float32),
-        search=Search(
-            kernel=kernel,
-            call={},
-            tiles=tuple(dict.fromkeys(tiles.fit(t, num_words) for t in TILES[kernel])),
-            function=run_tile,
+        searches=(
+            Search(
+                kernel=kernel,
+                call={},
+                tiles=tuple(
+                    dict.fromkeys(tiles.fit(t, num_words) for t in TILES[kernel])
+                ),
+                shipped=shipped[kernel],
+                function=run_tile,
+            ),
         ),
     )
 

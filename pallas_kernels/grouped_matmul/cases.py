@@ -94,6 +94,13 @@ def _case(
     }
     if shape.experts <= MOST_EXPERTS_OF_XLA:
         functions["xla"] = functools.partial(function, implementation="xla")
+    search = Search(
+        kernel=kernel,
+        call={"columns": columns},
+        tiles=TILES,
+        shipped=tile,
+        function=run_tile,
+    )
     return Case(
         operation="grouped_matmul",
         name=f"{kind}-{shape.name}",
@@ -105,9 +112,7 @@ def _case(
         make_inputs=functools.partial(_make_inputs, shape, inputs),
         call=dict(columns=columns, experts=shape.experts),
         reference=functools.partial(_reference, kind),
-        search=Search(
-            kernel=kernel, call={"columns": columns}, tiles=TILES, function=run_tile
-        ),
+        searches=(search,),
         in_ci=shape.in_ci,
     )
 

@@ -158,11 +158,14 @@ def _case(
         call=dict(
             direction=direction, kind=shape.kind, residual=shape.residual, eps=EPS
         ),
-        search=Search(
-            kernel=f"norm_{direction}",
-            call=dict(width=shape.width, itemsize=2, num_operands=num_read),
-            tiles=_tiles(tile, 2 * num_read),
-            function=with_tile,
+        searches=(
+            Search(
+                kernel=f"norm_{direction}",
+                call=dict(width=shape.width, itemsize=2, num_operands=num_read),
+                tiles=_tiles(tile, 2 * num_read),
+                shipped=tile,
+                function=with_tile,
+            ),
         ),
         in_ci=shape.in_ci,
     )
