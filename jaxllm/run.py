@@ -22,6 +22,7 @@ from jaxllm.resilience.anomalies import Anomalies, Rewind
 from jaxllm.resilience.ledger import Ledger
 from jaxllm.resilience.phases import Phases
 from jaxllm.step import Setup, TrainState
+from jaxllm.stragglers import Stragglers
 
 _log = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class Run:
     eval_step: jax.stages.Compiled | None
     check: jax.stages.Compiled
     poll: Poll
+    stragglers: Stragglers
     phases: Phases
     ledger: Ledger
     first_step: int
@@ -58,6 +60,7 @@ class Run:
 
     def _begin(self):
         self._newest = (self.first_step, self.state)
+        self._read_at_s = time.perf_counter()
         self._late = LateMetrics()
         self._interval: list[Record] = []  # steps read since the last logged one
         self._eval: tuple[int, dict[str, float]] = (-1, {})
@@ -70,10 +73,11 @@ class Run:
     def update(self, step: int, state: TrainState) -> tuple[TrainState, Any]:
         """Takes the batch of a step and starts its update; the old state is gone."""
         self.phases.step = step + 1
-        self._began_at_s = time.perf_counter()
         with self.phases("data_wait"):
+            self._began_at_s = time.perf_counter()
             batch = next(self.batches)
-        self._data_wait_s = time.perf_counter() - self._began_at_s
+            self._data_wait_s = time.perf_counter() - self._began_at_s
+        self.stragglers.add(time.perf_counter() - self._read_at_s)
         with self.phases("step"), jax.transfer_guard("disallow"):
             state, metrics = self.step(state, batch, *self._bounds(step))
         self._newest = (step + 1, state)
@@ -88,6 +92,7 @@ class Run:
                 began_at_s=self._began_at_s,
                 data_wait_s=self._data_wait_s,
             )
+        self._read_at_s = time.perf_counter()
         yield from self._write(before)
 
     def evaluate(self, step: int, state: TrainState) -> Iterator[Record]:
@@ -165,7 +170,9 @@ class Run:
         self._interval.append(values)
         config = self.setup.config
         if values["step"] % config.logging.every == 0:
-            yield self.writer.write(values["step"], self._summary(values))
+            summary = self._summary(values)
+            self.stragglers.exchange(summary["step_s"])
+            yield self.writer.write(values["step"], summary)
             self._interval = []
 
     def _summary(self, values: Record) -> dict[str, float]:

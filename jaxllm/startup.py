@@ -40,6 +40,7 @@ from jaxllm.step import (
     compile_step,
     prepare,
 )
+from jaxllm.stragglers import Stragglers
 from jaxllm.workdir import CHECKPOINTS, claim
 
 Compiled = jax.stages.Compiled
@@ -105,6 +106,7 @@ def open_run(
             eval_step=eval_step,
             check=check,
             poll=Poll(setup.mesh),
+            stragglers=stack.enter_context(Stragglers(setup.mesh)),
             phases=phases,
             ledger=ledger,
             first_step=position.step,

@@ -32,7 +32,7 @@ LAYERS = (
     ("jaxllm.step", "jaxllm.checkpoint"),
     ("jaxllm.savedrun", "jaxllm.sampling", "jaxllm.report"),
     ("jaxllm.diagnosis",),
-    ("jaxllm.flags", "jaxllm.positions"),
+    ("jaxllm.flags", "jaxllm.positions", "jaxllm.stragglers"),
     ("jaxllm.evaluate", "jaxllm.generate"),
     ("jaxllm.run",),
     ("jaxllm.startup",),
