@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -181,23 +182,81 @@ def test_a_failed_save_does_not_hide_the_error_that_ends_the_run(tmp_path, caplo
             checkpoints.save(1, BIG, {})
 
 
-def test_a_full_disk_is_a_checkpoint_error(tmp_path):
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(tmp_path)]
+@pytest.fixture
+def disk(tmp_path) -> Iterator[Path]:
+    """A disk of 2 MiB of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(folder)]
     if shutil.which("mount") is None or subprocess.run(mount, stderr=-3).returncode:
         pytest.skip("only root can mount a small disk")
-    try:
-        with Checkpoints(tmp_path / "checkpoints", ALL) as checkpoints:
-            checkpoints.save(1, make_state(1), {})
-            checkpoints.save(2, BIG, {})
-            with pytest.raises(CheckpointError, match="could not be saved"):
-                checkpoints.wait()
-            assert_same(
-                checkpoints.restore(1, abstract(make_state(0)))[0], make_state(1)
-            )
+    yield folder
+    subprocess.run(["umount", str(folder)], stderr=subprocess.DEVNULL)
+
+
+def test_a_full_disk_is_a_checkpoint_error(disk):
+    with Checkpoints(disk / "checkpoints", ALL) as checkpoints:
+        checkpoints.save(1, make_state(1), {})
+        checkpoints.save(2, BIG, {})
+        with pytest.raises(CheckpointError, match="could not be saved"):
+            checkpoints.wait()
+        assert_same(checkpoints.restore(1, abstract(make_state(0)))[0], make_state(1))
+        checkpoints.save(2, make_state(2), {})
+    assert checkpoints.steps() == [1, 2]
+
+
+def test_a_disk_that_becomes_read_only_is_a_checkpoint_error(disk):
+    with Checkpoints(disk / "checkpoints", ALL) as checkpoints:
+        checkpoints.save(1, make_state(1), {})
+        checkpoints.wait()
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        with pytest.raises(CheckpointError, match=r"could not be saved .*Read-only"):
             checkpoints.save(2, make_state(2), {})
-        assert checkpoints.steps() == [1, 2]
-    finally:
-        subprocess.run(["umount", str(tmp_path)], check=True)
+            checkpoints.wait()
+        assert_same(checkpoints.restore(1, abstract(make_state(0)))[0], make_state(1))
+        subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+        checkpoints.save(2, make_state(2), {})
+    assert checkpoints.steps() == [1, 2]
+
+
+def test_a_disk_that_vanishes_gets_no_other_one_in_its_place(disk):
+    run = disk / "run"
+    run.mkdir()
+    with Checkpoints(run / "checkpoints", ALL) as checkpoints:
+        checkpoints.save(1, make_state(1), {})
+        checkpoints.wait()
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+        with pytest.raises(CheckpointError, match=f"{run} has vanished .* step 2"):
+            checkpoints.save(2, make_state(2), {})
+        assert not list(disk.iterdir())
+
+
+def test_a_folder_that_was_moved_is_not_replaced(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    with Checkpoints(run / "checkpoints", ALL) as checkpoints:
+        run.rename(tmp_path / "moved")
+        with pytest.raises(CheckpointError, match="has vanished"):
+            checkpoints.save(1, make_state(1), {})
+        run.mkdir()
+        with pytest.raises(CheckpointError, match="has vanished"):
+            checkpoints.save(1, make_state(1), {})
+        run.rmdir()
+        (tmp_path / "moved").rename(run)
+        checkpoints.save(1, make_state(1), {})
+    assert checkpoints.steps() == [1]
+
+
+def test_saves_that_are_faster_than_the_disk_wait_for_each_other(tmp_path):
+    states = [{"w": jnp.full(2**23, float(step))} for step in range(4)]  # 32 MiB each
+    with Checkpoints(tmp_path, ALL) as checkpoints:
+        for step, state in enumerate(states):
+            checkpoints.save(step, state, {})
+            state["w"].delete()  # as the next update does to its memory
+    assert checkpoints.steps() == [0, 1, 2, 3]
+    for step in range(4):
+        state, _ = checkpoints.restore(step, abstract(states[step]))
+        assert jnp.all(state["w"] == step)
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):

@@ -38,6 +38,7 @@ class Checkpoints:
     def __init__(self, folder: Path, config: CheckpointConfig):
         self._folder = Path(folder).absolute()
         self._config = config
+        self._home = _inode(self._folder.parent)  # None: not made yet
         self._writer: ocp.training.Checkpointer | None = None  # made by the first save
         self._pending: tuple[int, ocp.AsyncResponse[bool]] | None = None
         self._warned: set[Path] = set()
@@ -96,6 +97,7 @@ class Checkpoints:
                 f"{saved[-1]}: a resume would not see it. Rename or remove the newer "
                 "steps, or give another --workdir."
             )
+        self._check_home(step)
         data = with_checksums(state, json.loads(json.dumps(data)))
         items = {"state": state, "data": data}
         with self._writing(step, OSError), jax.transfer_guard("allow"):
@@ -106,6 +108,18 @@ class Checkpoints:
             )
         assert response is not None, "force=True always saves"
         self._pending = (step, response)
+
+    def _check_home(self, step: int) -> None:
+        """Raises CheckpointError if the run's folder has gone, with its disk perhaps.
+
+        Orbax would make another one in its place, where nobody looks for it.
+        """
+        home = self._folder.parent
+        if self._home is not None and _inode(home) != self._home:
+            raise CheckpointError(
+                f"{home} has vanished since the run began: step {step} is not saved. "
+                "Mount or move it back; the same command resumes from its newest save."
+            )
 
     def wait(self) -> None:
         """Waits for the save under way, if any; raises CheckpointError if it failed."""
@@ -239,6 +253,14 @@ def _best(losses: Mapping[int, float | None]) -> int | None:
         if loss is not None and math.isfinite(loss)
     }
     return min(finite, key=lambda step: (finite[step], -step), default=None)
+
+
+def _inode(folder: Path) -> int | None:
+    """Returns what tells a folder from another one at its path; None: there is none."""
+    try:
+        return folder.stat().st_ino
+    except OSError:
+        return None
 
 
 def _is_worth_reading(record: logging.LogRecord) -> bool:
