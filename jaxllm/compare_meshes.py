@@ -118,7 +118,7 @@ def follow(setup: Setup, num_steps: int) -> Course:
 
 def standard_meshes(num_devices: int) -> list[dict[str, int]]:
     """Returns every axis of the config alone, and every two that share the devices."""
-    axes = [field.name for field in dataclasses.fields(MeshConfig)]
+    axes = list(MeshConfig().sizes)
     alone = [{axis: num_devices} for axis in axes]
     if num_devices % 2 or num_devices < 4:
         return alone

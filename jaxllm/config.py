@@ -58,9 +58,18 @@ class MeshConfig:
     tensor: int = 1  # shards of heads, MLP width, vocabulary; between them of rows
     expert: int = 1  # shards of experts, and of all else as fsdp
     context: int = 1  # parts of a row; its attention as config.kernels.context says
+    stage: int = 1  # groups of layers; a pipeline for the microbatches of a step
+    stage_rounds: int = 1  # groups a stage has; more wait less and exchange layers
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Devices by axis."""
+        sizes = dataclasses.asdict(self)
+        del sizes["stage_rounds"]
+        return sizes
 
     def __post_init__(self):
-        sizes = dataclasses.asdict(self)
+        sizes = self.sizes
         for axis, size in sizes.items():
             if size < 1 and size != -1:
                 raise InputError(
@@ -71,6 +80,12 @@ class MeshConfig:
             raise InputError(
                 f"config.mesh={sizes} may have -1 on one axis only; give the others "
                 "their number of devices."
+            )
+        check_positive(self, "mesh", "stage_rounds")
+        if self.stage == 1 and self.stage_rounds != 1:
+            raise InputError(
+                f"config.mesh.stage_rounds={self.stage_rounds} needs stages, but "
+                "config.mesh.stage=1; use config.mesh.stage_rounds=1, or more stages."
             )
 
 

@@ -4,7 +4,6 @@
 python -m jaxllm.evaluate --workdir runs/x [--step best] [--config.eval.batches=0]
 """
 
-import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -65,7 +64,7 @@ def held_out(setup: Setup) -> Batches:
 
 def evaluate_run(workdir: Path, config: Config, which: Which) -> dict[str, float]:
     """Returns a saved step of a run and its loss on held-out tokens."""
-    mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
+    mesh = sharding.make_mesh(config.mesh.sizes)
     setup = prepare(config, mesh)
     choices(setup)  # refuses what this machine's devices cannot do
     with held_out(setup) as batches:

@@ -113,7 +113,7 @@ def check_kernels(config: Config, mesh: jax.sharding.Mesh) -> None:
 
 
 def _words_of_a_device(config: Config, mesh: jax.sharding.Mesh) -> int:
-    return config.model.vocab_size // mesh.shape["tensor"]
+    return config.model.vocab_size // (mesh.shape["tensor"] * mesh.shape["stage"])
 
 
 @contextlib.contextmanager

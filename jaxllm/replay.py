@@ -73,7 +73,7 @@ def replay(workdir: Path, config: Config, step: int, batch: int | None) -> Repla
         raise InputError(
             f"--step={step} must be from 0 to config.steps={config.steps} less 1."
         )
-    setup = prepare(config, sharding.make_mesh(dataclasses.asdict(config.mesh)))
+    setup = prepare(config, sharding.make_mesh(config.mesh.sizes))
     choices(setup)  # refuses what this machine's devices cannot do
     splits = open_splits(config.data, "train")
     check_vocab(splits, config.model.vocab_size)

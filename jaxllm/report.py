@@ -36,6 +36,7 @@ def cost_report(setup: Setup) -> str:
         "tokens a step": f"{tokens:,}",
         "tokens in all": f"{tokens * config.steps:,}",
         **({"a token uses": f"{active:,} parameters"} if active < counts else {}),
+        **_pipeline(setup),
         "FLOPs a token": f"{flops:.3e}",
         "FLOPs a step": f"{flops * tokens:.3e}",
     }
@@ -53,6 +54,16 @@ def choices(setup: Setup) -> str:
         f"{name}: {choice.implementation} ({asked[name.split()[0]]}: {choice.reason})"
         for name, choice in choose_kernels(setup.config, setup.mesh).items()
     )
+
+
+def _pipeline(setup: Setup) -> dict[str, str]:
+    if (schedule := setup.schedule) is None:
+        return {}
+    return {
+        "a stage waits": f"{schedule.bubble:.1%} of {schedule.num_ticks} ticks: "
+        f"{schedule.num_stages} stages, {schedule.num_rounds} round(s), "
+        f"{schedule.num_microbatches} microbatches"
+    }
 
 
 def _device_bytes(tree: Any) -> int:

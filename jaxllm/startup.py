@@ -2,7 +2,6 @@
 """What happens before the first step: all is checked, claimed, restored, compiled."""
 
 import contextlib
-import dataclasses
 import functools
 import logging
 import time
@@ -59,7 +58,7 @@ def open_run(
       InputError, sharding.ShardingError: before anything is compiled or written.
       KernelMismatch: a kernel gives wrong numbers on this machine.
     """
-    mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
+    mesh = sharding.make_mesh(config.mesh.sizes)
     setup = prepare(config, mesh)
     report = f"{describe()}\n{cost_report(setup)}\n{choices(setup)}"
     check_loggers(config.logging)

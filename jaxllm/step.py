@@ -2,7 +2,7 @@
 """The state of a run and the compiled functions that read and change it."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,10 +10,13 @@ import jax.numpy as jnp
 import optax
 
 import sharding
+from jaxllm.accumulation import add_microbatches
 from jaxllm.bounds import abstract_bounds, is_within, select
 from jaxllm.config import Config
 from jaxllm.loss import next_token_loss
 from jaxllm.models import Model, Transformer
+from jaxllm.models.pipeline import split
+from jaxllm.models.schedule import Schedule, schedule_stages
 from jaxllm.optimizer import is_load_bias, make_optimizer, make_schedule
 
 BATCH_NAMES = ("tokens", "targets", "segments", "positions")
@@ -36,6 +39,7 @@ class Setup:
     """What a config means on a mesh: shapes, placement and functions, but no arrays.
 
     Attributes:
+      schedule: of the stages of the mesh, if it has any.
       abstract_state: `jax.ShapeDtypeStruct` with shardings: the target of a restore.
       abstract_batch: the same for a batch.
     """
@@ -44,6 +48,7 @@ class Setup:
     mesh: jax.sharding.Mesh
     model: Model
     plan: sharding.Plan
+    schedule: Schedule | None
     optimizer: optax.GradientTransformation
     abstract_state: TrainState
     abstract_batch: dict[str, jax.ShapeDtypeStruct]
@@ -62,6 +67,12 @@ def prepare(config: Config, mesh: jax.sharding.Mesh) -> Setup:
     """
     setting = "config.data.sequence_length"
     sharding.check_length(setting, config.data.sequence_length, mesh)
+    schedule = schedule_stages(
+        mesh.shape["stage"],
+        config.mesh.stage_rounds,
+        config.optimizer.microbatches,
+        config.model,
+    )
     model = Model(config.model, config.kernels)
     plan = sharding.plan(model.abstract, model.letters, mesh, dims=_dims(config))
     optimizer = make_optimizer(
@@ -79,6 +90,7 @@ def prepare(config: Config, mesh: jax.sharding.Mesh) -> Setup:
         mesh=mesh,
         model=model,
         plan=plan,
+        schedule=schedule,
         optimizer=optimizer,
         abstract_state=jax.tree.map(
             lambda leaf, place: leaf.update(sharding=place),
@@ -196,6 +208,7 @@ def forward(setup: Setup, model: Transformer, batch: Batch) -> tuple[jax.Array, 
         batch["positions"],
         None if mixed else batch["segments"],
         is_token_BT=batch["segments"] > 0,
+        schedule=setup.schedule,
     )
     return x_BTD, stats
 
@@ -216,8 +229,10 @@ def _loss_sums(setup: Setup, params: Any, batch: Batch) -> Sums:
             setup.config.kernels.cross_entropy,
         )
     # Means over the tokens of a microbatch, to be weighted by its targets.
-    num_targets = (batch["targets"] >= 0).sum().astype(jnp.float32)
-    sums = {name: value * num_targets for name, value in stats.items()}
+    parts = setup.schedule.num_microbatches if setup.schedule else 1
+    has_loss_MBT = split(batch["targets"], parts) >= 0
+    num_targets_M = has_loss_MBT.sum((1, 2)).astype(jnp.float32)
+    sums = {name: (value * num_targets_M).sum() for name, value in stats.items()}
     objective += sums.pop("penalty", 0.0)
     return {"objective": objective, "loss": nll, **sums}
 
@@ -230,40 +245,12 @@ def _accumulate(setup: Setup, params: Any, batch: Batch):
         return sums["objective"], sums
 
     gradient = jax.grad(loss, has_aux=True)
-    if setup.config.optimizer.microbatches == 1:
-        # Replicas add up a layer's gradients while those of the next are made.
-        return gradient(params, batch)
-
-    def run(params, batch):
-        return _add_microbatches(setup, gradient, params, batch)
-
-    def run_replica(params, batch):
-        return jax.lax.psum(run(params, batch), "data")
-
-    if setup.mesh.shape["data"] == 1:
-        return run(params, batch)
-    # Each replica adds up its own microbatches; then all of them do, once a step.
-    ins = jax.P(), jax.P("data")
-    return sharding.along("data", run_replica, ins, jax.P())(params, dict(batch))
-
-
-def _add_microbatches(setup: Setup, gradient: Callable, params: Any, batch: Batch):
-    """Returns the sums of what gradient returns for each microbatch, one by one."""
     parts = setup.config.optimizer.microbatches
-
-    # Row r goes to microbatch r % parts: splitting dim 0 the other way round would give
-    # each microbatch to a few of the devices only.
-    def split(rows_BT):
-        b, t = rows_BT.shape
-        return rows_BT.reshape(b // parts, parts, t).swapaxes(0, 1)
-
-    def add(total, part):
-        grads, sums = gradient(params, part)
-        return jax.tree.map(jnp.add, total, grads), sums
-
-    zero = jax.tree.map(jnp.zeros_like, params)
-    grads, sums = jax.lax.scan(add, zero, jax.tree.map(split, dict(batch)))
-    return grads, jax.tree.map(jnp.sum, sums)
+    if parts == 1 or setup.schedule:
+        # One: replicas add up a layer's gradients while those of the next are made.
+        # A schedule: the model takes the microbatches apart.
+        return gradient(params, batch)
+    return add_microbatches(gradient, params, batch, parts)
 
 
 def _new_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:

@@ -8,7 +8,6 @@ resumable, 1 anything else.
 """
 
 import contextlib
-import dataclasses
 import logging
 import os
 from collections.abc import Callable, Generator
@@ -103,7 +102,7 @@ def due(step: int, every: int) -> bool:
 
 def dry_run(config: Config) -> str:
     """Returns the plan of a run: parameters, placement, bytes a device and FLOPs."""
-    setup = prepare(config, sharding.make_mesh(dataclasses.asdict(config.mesh)))
+    setup = prepare(config, sharding.make_mesh(config.mesh.sizes))
     return full_report(setup)
 
 

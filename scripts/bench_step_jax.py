@@ -102,7 +102,7 @@ def main(arguments: list[str]) -> None:
     if job["predict"]:
         mesh = offline.described_mesh((1, 1, 1), ("data", "fsdp", "tensor"))
     else:
-        mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
+        mesh = sharding.make_mesh(config.mesh.sizes)
     setup = prepare(config, mesh)
     began = time.perf_counter()
     compiled = compile_step(setup)

@@ -10,7 +10,6 @@ Needs no GPU but what `make .venv/cuda` installs.
 """
 
 import collections
-import dataclasses
 import json
 import re
 import sys
@@ -33,7 +32,7 @@ CALL = r'custom_call_target="(mosaic_gpu\w*|__cudnn\$\w+)".*?op_name="([^"]*)"'
 def cost(config: Config, num_gpus: int) -> dict[str, Any]:
     """Returns bytes of a device, counts of collectives and kernel calls, the bill."""
     devices = offline.described_devices(num_gpus)
-    mesh = sharding.make_mesh(dataclasses.asdict(config.mesh), devices)
+    mesh = sharding.make_mesh(config.mesh.sizes, devices)
     setup = prepare(config, mesh)
     chosen = choices(setup)
     began_at_s = time.perf_counter()

@@ -124,7 +124,7 @@ def kill(number: int, moment: str, run: Run, reached: Callable[[], bool]) -> str
 
 def differences(config: Config, runs: tuple[Run, Run]) -> tuple[list[str], str]:
     """Returns what differs between the ends of two runs, and what was compared."""
-    setup = prepare(config, sharding.make_mesh(dataclasses.asdict(config.mesh)))
+    setup = prepare(config, sharding.make_mesh(config.mesh.sizes))
     states = []
     for run in runs:
         with Checkpoints(run.workdir / CHECKPOINTS, config.checkpoint) as saved:

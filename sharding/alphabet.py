@@ -22,5 +22,6 @@ LETTERS = {
     "A": "experts of a token",
     "C": "expert capacity",
     "L": "layers",
+    "M": "microbatches in a pipeline",
     "P": "pipeline stages",
 }

@@ -223,22 +223,24 @@ def _local(function, in_specs, out_specs):
 
 
 def along(
-    axis: str, function: Callable[..., Any], ins: Any, outs: Any
+    axes: str | tuple[str, ...], function: Callable[..., Any], ins: Any, outs: Any
 ) -> Callable[..., Any]:
-    """Wraps a function in `shard_map` over one mesh axis, and leaves the others.
+    """Wraps a function in `shard_map` over some mesh axes, and leaves the others.
 
-    Inside, the tables do as if the axis were not there: each of its devices, with
-    theirs along the other axes, runs the function on its own part.
+    Inside, the tables do as if these axes were not there: each of their devices, with
+    theirs along the other axes, runs the function on its own part. XLA aborts where one
+    of these is inside another whose axes come later in the mesh.
 
     Args:
-      axis: of the mesh.
-      function: may use everything here, `local` too, and collectives over axis; a
-        `jax.grad` inside is that of the sum of what all devices along axis return.
+      axes: one or more of the mesh.
+      function: may use everything here, `local` too, and collectives over axes; a
+        `jax.grad` inside is that of the sum of what all devices along axes return.
       ins: specs that name no other axis, one for each argument, or trees of them.
       outs: the same of the result.
     """
+    names = {axes} if isinstance(axes, str) else set(axes)
     return jax.shard_map(
-        function, in_specs=ins, out_specs=outs, axis_names={axis}, check_vma=False
+        function, in_specs=ins, out_specs=outs, axis_names=names, check_vma=False
     )
 
 

@@ -25,8 +25,9 @@ COMPUTE: Table = {
     "N": ("tensor",),
     "K": ("tensor",),
     "F": ("tensor",),
-    "V": ("tensor",),
+    "V": ("tensor", "stage"),
     "E": ("expert",),
+    "P": ("stage",),
 }
 
 STORAGE: Table = {
@@ -34,7 +35,7 @@ STORAGE: Table = {
     "N": ("tensor",),
     "K": ("tensor",),
     "F": ("tensor",),
-    "V": ("tensor",),
+    "V": ("tensor", "stage"),
     "E": ("expert",),
     "L": ("stage",),
 }

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loss on held-out tokens: the same by the loop, by command, by hand."""
 
-import dataclasses
 import json
 
 import jax
@@ -59,7 +58,7 @@ def test_the_loss_is_the_mean_over_all_targets_however_they_are_cut(trained):
 
 def test_the_loss_is_that_of_the_models_probabilities(trained):
     config = read_config(trained)
-    setup = prepare(config, sharding.make_mesh(dataclasses.asdict(config.mesh)))
+    setup = prepare(config, sharding.make_mesh(config.mesh.sizes))
     _, params = load_params(trained, config, "latest", setup.abstract_state.params)
     with held_out(setup) as batches:
         kept = list(batches)

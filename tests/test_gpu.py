@@ -7,7 +7,6 @@ Without the conftest, which needs all that training needs. Each case runs in a p
 of its own: a kernel that hangs or faults fails its own test only.
 """
 
-import dataclasses
 import functools
 import json
 import os
@@ -107,7 +106,7 @@ def losses(kernels: str) -> np.ndarray:
     overrides |= {"data.batch_size": 16, "mesh.fsdp": 1, "steps": STEPS}
     overrides |= {"optimizer.name": "adamw", "optimizer.lr": 1e-3}
     config = load_config(CONFIGS / "quickstart_gpu.py", overrides)
-    mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
+    mesh = sharding.make_mesh(config.mesh.sizes)
     setup = prepare(config, mesh)
     step, state = compile_step(setup), init_state(setup)
     rng = np.random.default_rng(0)

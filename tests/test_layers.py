@@ -27,7 +27,7 @@ LAYERS = (
     ("jaxllm.membership",),
     ("jaxllm.models", "jaxllm.data", "jaxllm.budget", "jaxllm.metrics"),
     ("jaxllm.muon", "jaxllm.optimizer", "jaxllm.loss", "jaxllm.workdir"),
-    ("jaxllm.bounds",),
+    ("jaxllm.bounds", "jaxllm.accumulation"),
     ("jaxllm.kernels",),
     ("jaxllm.step", "jaxllm.checkpoint"),
     ("jaxllm.savedrun", "jaxllm.sampling", "jaxllm.report"),

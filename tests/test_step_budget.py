@@ -33,6 +33,7 @@ CASES = {  # sizes of the mesh; what else is changed of CONFIG
     "fsdp 8 x tensor 8": (dict(fsdp=8, tensor=8), {}),
     "fsdp 4 x context 2": (dict(fsdp=4, context=2), {}),
     "fsdp 4 x expert 2": (dict(fsdp=4, expert=2), EXPERTS),
+    "stages": (dict(stage=2, data=2, fsdp=4, tensor=4), {}),
 }
 LAYERS, MICROBATCHES, MATRICES = 4, 2, 7  # seven matrices a layer
 SMALL = 1000
@@ -56,6 +57,8 @@ GATHERS = MICROBATCHES * (LAYERS * MATRICES * 2 + 2)
 SCATTERS = MICROBATCHES * (LAYERS * MATRICES + 2)
 WEIGHTS = {("all-gather", "fsdp"): GATHERS, ("reduce-scatter", "fsdp"): SCATTERS}
 CHUNKS = 128 // 8  # of a sequence each, on a device of fsdp 8
+STAGES = 2
+TURNS = (MICROBATCHES + STAGES - 1) * LAYERS // STAGES  # of a stage's layers, by ticks
 BUDGETS = {
     "fsdp 8": WEIGHTS,
     "data 8 x fsdp 8": WEIGHTS | {("all-reduce", "data"): 1},  # of all gradients
@@ -87,6 +90,18 @@ BUDGETS = {
         # comes back, backward with that of the shares too.
         ("all-gather", "expert"): MICROBATCHES * LAYERS * (3 + 4),
         ("reduce-scatter", "expert"): MICROBATCHES * LAYERS * (1 + 2),
+    },
+    # Embedding, loss and sums over data are of the whole batch.
+    "stages": {
+        ("all-gather", "fsdp"): TURNS * MATRICES * 2 + 2,
+        ("reduce-scatter", "fsdp"): TURNS * MATRICES + 2,
+        ("all-reduce", "data"): 1,
+        ("all-gather", "tensor"): TURNS * 6 + 2,
+        ("reduce-scatter", "tensor"): TURNS * 4 + 1,
+        ("all-reduce", "stage tensor"): CHUNKS,
+        # There and back; the embedding's rows, the output, the input's gradient.
+        ("collective-permute", "stage"): 2 * (MICROBATCHES + STAGES - 1),
+        ("all-reduce", "stage"): 3,
     },
 }
 PLANTED = "planted"

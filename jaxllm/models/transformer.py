@@ -16,7 +16,9 @@ from jaxllm.models.mlp import MLP
 from jaxllm.models.moe import MoE
 from jaxllm.models.norms import Norm
 from jaxllm.models.parameters import embed, matrix, project, stack
+from jaxllm.models.pipeline import run_stages
 from jaxllm.models.routing import Stats
+from jaxllm.models.schedule import Schedule
 
 Caches = dict[str, Cache]  # by block of a period; stacked over periods by a scan
 
@@ -141,12 +143,14 @@ class Transformer(nnx.Module):
         segments_BT: jax.Array | None = None,
         is_token_BT: jax.Array | None = None,
         cache: Caches | None = None,
+        schedule: Schedule | None = None,
     ) -> tuple[jax.Array, Caches | None, Stats]:
         """Returns what a call does, and the mean over layers of what `route` tells.
 
         Args:
           tokens_BT: and others as for a call.
           is_token_BT: bool, false for padding; None is where segments_BT says so.
+          schedule: of a mesh with stages; the means then are one for each microbatch.
         """
         if is_token_BT is None:
             known = segments_BT is not None
@@ -157,7 +161,10 @@ class Transformer(nnx.Module):
             table = sharding.COMPUTE if cache is not None else sharding.RESIDUAL
             x_BTD = sharding.constrain(x_BTD, "BTD", table)
         where = (positions_BT, segments_BT, is_token_BT)
-        x_BTD, cache, stats = self._run_blocks(x_BTD, where, cache)
+        if schedule:
+            x_BTD, stats = self._run_stages(schedule, x_BTD, where)
+        else:
+            x_BTD, cache, stats = self._run_blocks(x_BTD, where, cache)
         with jax.named_scope("final_norm"):
             x_BTD = sharding.constrain(self.final_norm(x_BTD), "BTD")
             return x_BTD, cache, stats
@@ -181,6 +188,12 @@ class Transformer(nnx.Module):
             period, cache = period_and_cache
             return period(x_BTD, *where, cache)
 
+        if axes := sharding.axes_of("P"):
+            size = jax.sharding.get_abstract_mesh().shape[axes[0]]
+            raise sharding.ShardingError(
+                f"mesh {axes[0]}={size} cuts L (layers), and there is no schedule of "
+                "them; give `run` that of `schedule_stages`, or use a mesh of stage=1."
+            )
         run = _with_remat(run, self.config)
         if not self.config.scan_layers:
             x_BTD, (cache, stats) = run(x_BTD, (self.blocks, cache))
@@ -188,19 +201,30 @@ class Transformer(nnx.Module):
         x_BTD, (cache, stats) = jax.lax.scan(run, x_BTD, (self.blocks, cache))
         return x_BTD, cache, jax.tree.map(jnp.mean, stats)
 
+    def _run_stages(self, schedule, x_BTD, where):
+        def run_period(period, x_BTD, where):
+            x_BTD, (_, stats) = period(x_BTD, *where, None)
+            return x_BTD, stats
+
+        none = self.config.remat == "none"
+        remat = None if none else functools.partial(_with_remat, config=self.config)
+        return run_stages(schedule, run_period, remat, self.blocks, x_BTD, where)
+
 
 def make_cache(config: ModelConfig, batch: int, length: int) -> Caches:
     """Returns an empty KV cache for `length` positions, shaped as the blocks are.
 
     Raises:
-      sharding.ShardingError: the mesh cuts rows of tokens, which come one by one here.
+      sharding.ShardingError: the mesh cuts rows of tokens, which come one by one here,
+        or layers, of which a token needs one after the other.
     """
-    if axes := sharding.axes_of("T"):
-        size = jax.sharding.get_abstract_mesh().shape[axes[0]]
-        raise sharding.ShardingError(
-            f"a KV cache takes tokens (T) one by one, but mesh {axes[0]}={size} cuts T;"
-            " generate on a mesh of context=1, with tensor or fsdp instead."
-        )
+    for letter, named in (("T", "tokens (T) one by one"), ("P", "layers (L) in turn")):
+        for axis in sharding.axes_of(letter):
+            size = jax.sharding.get_abstract_mesh().shape[axis]
+            raise sharding.ShardingError(
+                f"a KV cache takes {named}, which mesh {axis}={size} cuts; generate on "
+                f"a mesh of {axis}=1, with tensor or fsdp instead."
+            )
     period = len(config.windows)
     repeats = config.num_layers // period
     shape = (batch, length, config.num_kv_heads, config.head_dim)
