@@ -9,7 +9,6 @@ Exit status: 0 all agree with one device, 1 one does not, 2 wrong input, which a
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
@@ -18,6 +17,7 @@ from absl import flags as absl_flags
 
 import sharding
 from jaxllm import flags
+from jaxllm.checkpoint.checksum import checksums
 from jaxllm.config import Config, InputError, MeshConfig
 from jaxllm.data.batches import load_batches
 from jaxllm.data.splits import check_vocab, open_splits
@@ -34,7 +34,7 @@ Sizes = Mapping[str, int]
 class Course:
     """What the first steps on a mesh gave."""
 
-    parameters: dict[str, str]  # SHA-256 of each before step 0, by path
+    parameters: dict[str, str]  # checksum of each before step 0, by path
     losses: np.ndarray
     grad_norms: np.ndarray
 
@@ -96,12 +96,7 @@ def follow(setup: Setup, num_steps: int) -> Course:
     splits = open_splits(config.data, "train")
     check_vocab(splits, config.model.vocab_size)
     step, state = compile_step(setup), init_state(setup)
-    leaves = zip(setup.leaf_paths, jax.tree.leaves(state.params), strict=True)
-    # One at a time: a host need not hold them all.
-    parameters = {
-        path: hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest()
-        for path, leaf in leaves
-    }
+    parameters = checksums(state.params)
     records = []
     with load_batches(
         config.data,
