@@ -17,18 +17,20 @@ def records(folder: Path) -> dict[tuple[int, bool], dict[str, float]]:
 def test_two_processes_stop_together_and_one_goes_on_as_if_alone(
     tiny, tmp_path, start_processes
 ):
-    settings = {"mesh.fsdp": 2, "mesh.tensor": 2, "steps": 60, "checkpoint.every": 50}
+    # Both processes need the same rows. Two devices, because two terms have one sum in
+    # any order: those of more differ in their last bit between gloo and one process.
+    settings = {"mesh.fsdp": 1, "mesh.tensor": 2, "steps": 60, "checkpoint.every": 50}
     config = tiny(settings | {"eval.every": 0})
-    alone = start_processes(config, tmp_path, 1, 4, "alone")
+    alone = start_processes(config, tmp_path, 1, 2, "alone")
     assert alone.wait() == [0], alone.said(0)
-    pair = start_processes(config, tmp_path, 2, 2, "pair")
+    pair = start_processes(config, tmp_path, 2, 1, "pair")
     metrics = tmp_path / "pair" / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_text()):
         time.sleep(0.01)
     pair.processes[1].send_signal(signal.SIGTERM)  # the one that does not lead
     assert pair.wait() == [75, 75], pair.said(0) + pair.said(1)
     assert find_steps(tmp_path / "pair" / "checkpoints")[0] != []
-    rest = start_processes(config, tmp_path, 1, 4, "pair")
+    rest = start_processes(config, tmp_path, 1, 2, "pair")
     assert rest.wait() == [0], rest.said(0)
     one, many = records(tmp_path / "alone"), records(tmp_path / "pair")
     assert one.keys() == many.keys()
