@@ -39,9 +39,7 @@ load_batches = startup.load_batches
 class Recorded:
     def __init__(self, batches, step):
         self.batches, self.step = batches, step
-    def __enter__(self):
-        return self
-    def __exit__(self, *error):
+    def close(self):
         self.batches.close()
     def __next__(self):
         batch = next(self.batches)

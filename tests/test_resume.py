@@ -29,7 +29,7 @@ def end(workdir: Path, config: Config) -> list[bytes]:
 
 
 def state_at(workdir: Path, config: Config, step: int | None):
-    setup = prepare(config, sharding.make_mesh(config_to_dict(config)["mesh"]))
+    setup = prepare(config, sharding.make_mesh(config.mesh.sizes))
     with Checkpoints(workdir / CHECKPOINTS, config.checkpoint) as checkpoints:
         step = checkpoints.latest() if step is None else step
         assert step is not None
