@@ -142,15 +142,21 @@ def test_a_run_of_eight_devices_goes_on_with_one(
 
 
 def test_a_killed_run_ends_like_an_undisturbed_one(tiny, tmp_path):
-    """Runs scripts/kill_and_resume.py, which says what it compares."""
+    """Runs scripts/chaos.py, which says what it compares."""
     config = tiny({"steps": 24, "eval.every": 8, "checkpoint.every": 6})
     (tmp_path / "config.py").write_text(
         "from jaxllm.configfile import config_from_dict\n"
         f"def get_config():\n    return config_from_dict({config_to_dict(config)!r})\n"
     )
-    script = Path(__file__).parents[1] / "scripts" / "kill_and_resume.py"
+    script = Path(__file__).parents[1] / "scripts" / "chaos.py"
     ended = subprocess.run(
-        [sys.executable, str(script), "--config=config.py", "--kills=3"],
+        [
+            sys.executable,
+            str(script),
+            "--config=config.py",
+            "--processes=1",
+            "--events=3",
+        ],
         env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"},
         cwd=tmp_path,
         capture_output=True,
