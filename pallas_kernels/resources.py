@@ -44,7 +44,8 @@ def entry(operation: str, name: str) -> dict[str, Any]:
 def faults(compiled: offline.Compiled, *, needs_hgmma: bool) -> list[str]:
     """Returns what is wrong with any kernel, in words; [] if nothing is."""
     if compiled.status:
-        return [f"status {compiled.status}: {compiled.output[-500:]}"]
+        last = compiled.output.strip().splitlines()[-1:]  # no frames, with their paths
+        return [f"status {compiled.status}: {' '.join(last)}"]
     found = [] if compiled.kernels else ["no Mosaic kernel was compiled"]
     for kernel in compiled.kernels:
         wrong = {
