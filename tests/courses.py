@@ -32,6 +32,7 @@ class Course:
     """What the steps on a mesh gave."""
 
     setup: Setup
+    step: jax.stages.Compiled
     initial: dict[str, np.ndarray]  # parameters by path
     state: TrainState  # after the last step
     metrics: dict[str, np.ndarray]  # float64, by step
@@ -66,7 +67,7 @@ def train(
         name: np.array([record[name] for record in records], np.float64)
         for name in records[0]
     }
-    return Course(setup, initial, state, metrics)
+    return Course(setup, step, initial, state, metrics)
 
 
 def packed_batch(setup: Setup, step: int) -> dict[str, jax.Array]:

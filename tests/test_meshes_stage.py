@@ -2,8 +2,6 @@
 """The same run with its layers cut over `stage`: 8 simulated devices against one."""
 
 import collections
-import dataclasses
-import functools
 import re
 
 import jax
@@ -11,30 +9,25 @@ import numpy as np
 import pytest
 
 import sharding
-from jaxllm.config import (
-    Config,
-    DataConfig,
-    LossConfig,
-    ModelConfig,
-    OptimizerConfig,
+from courses import (
+    DATA,
+    LENGTH,
+    LOSS_TOLERANCE,
+    ONE_DEVICE,
+    ROWS,
+    STEPS,
+    WORDS,
+    Course,
+    changed,
+    check_equal,
+    difference,
+    packed_batch,
+    train,
 )
+from jaxllm.config import Config, LossConfig, ModelConfig, OptimizerConfig
 from jaxllm.configfile import override
-from jaxllm.step import (
-    Setup,
-    TrainState,
-    compile_eval,
-    compile_step,
-    init_state,
-    prepare,
-)
+from jaxllm.step import compile_eval
 
-STEPS, ROWS, LENGTH, WORDS = 20, 16, 32, 96
-LAYERS = 8
-LOSS_TOLERANCE = 1e-6  # as in test_meshes.py
-# As there, of the roundings of tokens, steps and layers.
-NORM_TOLERANCE = float(
-    np.finfo(np.float32).eps * np.sqrt(ROWS * LENGTH * STEPS * LAYERS)
-)
 CONFIG = Config(
     steps=STEPS,
     model=ModelConfig(
@@ -49,7 +42,7 @@ CONFIG = Config(
         logit_softcap=30.0,
         dtype="float32",
     ),
-    data=DataConfig(paths=("none",), sequence_length=LENGTH, batch_size=ROWS),
+    data=DATA,
     loss=LossConfig(z_loss=1e-3, chunk_tokens=24),
     optimizer=OptimizerConfig(
         lr=3e-3, warmup_steps=4, weight_decay=0.1, microbatches=4
@@ -58,7 +51,7 @@ CONFIG = Config(
 MODELS = {
     # Periods of two windows, tied embeddings.
     "dense": {
-        "model.num_layers": LAYERS,
+        "model.num_layers": 8,
         "model.windows": (8, 0),
         "model.tie_embeddings": True,
     },
@@ -71,118 +64,48 @@ MODELS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A mesh, and what does not change a result."""
-
-    sizes: dict[str, int]
-    rounds: int = 1
-    remat: str = "full"
-
-
-CASES = {
-    "stage 4 x data 2": Case(dict(stage=4, data=2), remat="none"),
-    "stage 2 x fsdp 2 x tensor 2": Case(dict(stage=2, fsdp=2, tensor=2), rounds=2),
-    "stage 2 x context 2 x expert 2": Case(
-        dict(stage=2, context=2, expert=2), rounds=2, remat="dots"
-    ),
+# By mesh: settings that do not change a result.
+MESHES = {
+    "stage 4 x data 2": {"mesh.stage": 4, "model.remat": "none"},
+    "stage 2 x fsdp 2 x tensor 2": {"mesh.stage": 2, "mesh.stage_rounds": 2},
+    "stage 2 x context 2 x expert 2": {
+        **{"mesh.stage": 2, "mesh.stage_rounds": 2},
+        **{"model.remat": "dots"},
+    },
 }
-ONE = Case({})
 
 
-def packed_batch(step: int) -> dict[str, np.ndarray]:
-    """Rows of five documents, of which words can be learned, and padding."""
-    rng = np.random.default_rng(step)
-    names = ("tokens", "targets", "segments", "positions")
-    batch = {name: np.zeros((ROWS, LENGTH), np.int32) for name in names}
-    batch["targets"] -= 1
-    for row in range(ROWS):
-        cuts = np.sort(rng.choice(np.arange(2, LENGTH), 5, replace=False))
-        for number, (start, stop) in enumerate(zip([0, *cuts], cuts, strict=False), 1):
-            places, part = np.arange(stop - start), (row, slice(start, stop))
-            words = (rng.integers(WORDS) + rng.integers(1, 4) * places) % WORDS
-            batch["tokens"][part], batch["segments"][part] = words, number
-            batch["positions"][part] = places
-            batch["targets"][row, start : stop - 1] = words[1:]
-    return batch
+def one_and_many(mesh: str) -> tuple[Course, Course]:
+    """Returns what one device and a mesh with stages make of the same model."""
+    config = override(CONFIG, MODELS["experts" if "expert" in mesh else "dense"])
+    many = override(config, {"model.remat": "full"} | MESHES[mesh])
+    return train(config, ONE_DEVICE), train(many, mesh)
 
 
-@dataclasses.dataclass(frozen=True)
-class Course:
-    """What 20 steps on a mesh gave."""
-
-    setup: Setup
-    step: jax.stages.Compiled
-    initial: dict[str, np.ndarray]
-    state: TrainState
-    metrics: dict[str, np.ndarray]  # float64, by step
-
-
-def setup_of(case: Case, model: str = "dense") -> Setup:
-    config = override(CONFIG, MODELS[model])
-    rounds = {
-        "mesh.stage": case.sizes.get("stage", 1),
-        "mesh.stage_rounds": case.rounds,
-    }
-    config = override(config, rounds | {"model.remat": case.remat})
-    num_devices = int(np.prod(list(case.sizes.values()), dtype=np.int64))
-    mesh = sharding.make_mesh(case.sizes, jax.devices()[:num_devices])
-    return prepare(config, mesh)
+@pytest.mark.parametrize("mesh", MESHES)
+def test_20_steps_are_those_of_one_device(mesh):
+    one, many = one_and_many(mesh)
+    assert changed(one, many) == []
+    check_equal(mesh, one, many)
+    for name in one.metrics:
+        if name.startswith("router"):
+            assert difference(one, many, name).max() < LOSS_TOLERANCE, name
 
 
-@functools.cache
-def train(name: str, model: str = "dense") -> Course:
-    setup = setup_of(CASES.get(name, ONE), model)
-    step, state, records = compile_step(setup), init_state(setup), []
-    leaves = jax.device_get(jax.tree.leaves(state.params))
-    initial = dict(zip(setup.leaf_paths, leaves, strict=True))
-    place = setup.abstract_batch["tokens"].sharding
-    for number in range(STEPS):
-        state, metrics = step(state, jax.device_put(packed_batch(number), place))
-        records.append(jax.device_get(metrics))
-    metrics = {
-        name: np.array([record[name] for record in records], np.float64)
-        for name in records[0]
-    }
-    return Course(setup, step, initial, state, metrics)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_20_steps_are_those_of_one_device(name):
-    model = "experts" if "expert" in name else "dense"
-    one, many = train("one device", model), train(name, model)
-    assert one.initial.keys() == many.initial.keys()
-    assert all(np.array_equal(one.initial[p], many.initial[p]) for p in one.initial)
-    assert np.ptp(one.metrics["loss"]) > 0.1  # it learns: they could differ
-    apart = {
-        metric: np.abs(many.metrics[metric] / one.metrics[metric] - 1).max()
-        for metric in one.metrics
-        if metric == "loss" or metric == "grad_norm" or metric.startswith("router")
-    }
-    print(f"\n{name:<28} " + ", ".join(f"{k} {v:.1e}" for k, v in apart.items()))
-    assert apart.pop("grad_norm") < NORM_TOLERANCE
-    assert max(apart.values()) < LOSS_TOLERANCE
-
-
-def test_the_gradient_of_every_parameter_is_that_of_one_device():
-    for model, name in (
-        ("dense", "stage 2 x fsdp 2 x tensor 2"),
-        ("experts", "stage 2 x context 2 x expert 2"),
-    ):
-        one, many = (
-            train(n, model).metrics["leaf_norms"][0] for n in ("one device", name)
-        )
-        np.testing.assert_allclose(many, one, rtol=1e-5, atol=1e-7)
+@pytest.mark.parametrize("mesh", list(MESHES)[1:])
+def test_the_gradient_of_every_parameter_is_that_of_one_device(mesh):
+    one, many = (c.metrics["leaf_norms"][0] for c in one_and_many(mesh))
+    np.testing.assert_allclose(many, one, rtol=1e-5, atol=1e-7)
 
 
 def test_an_evaluation_has_the_loss_of_the_step():
-    course = train("stage 2 x fsdp 2 x tensor 2")
+    _, course = one_and_many("stage 2 x fsdp 2 x tensor 2")
     places = course.setup.plan.shardings(course.state.params)
     tree = jax.tree.structure(course.state.params)
     params = jax.tree.unflatten(tree, course.initial.values())
-    batch = packed_batch(0), course.setup.abstract_batch["tokens"].sharding
     evaluate = compile_eval(course.setup)
-    nll, num_targets = evaluate(jax.device_put(params, places), jax.device_put(*batch))
+    batch = packed_batch(course.setup, 0)
+    nll, num_targets = evaluate(jax.device_put(params, places), batch)
     assert num_targets == course.metrics["num_targets"][0]
     assert nll / num_targets == pytest.approx(course.metrics["loss"][0], rel=1e-6)
 
@@ -192,7 +115,7 @@ def length_of_device(mesh: jax.sharding.Mesh) -> int:
 
 
 def test_a_step_sends_what_its_schedule_says():
-    course = train("stage 2 x fsdp 2 x tensor 2")
+    _, course = one_and_many("stage 2 x fsdp 2 x tensor 2")
     schedule, mesh = course.setup.schedule, course.setup.mesh
     assert schedule is not None
     text = course.step.as_text()
@@ -221,9 +144,9 @@ def test_a_step_sends_what_its_schedule_says():
     assert sum(exchanged) == 2 * len(layers)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_no_tick_keeps_a_copy_of_layers(name):
-    course = train(name, "experts" if "expert" in name else "dense")
+@pytest.mark.parametrize("mesh", MESHES)
+def test_no_tick_keeps_a_copy_of_layers(mesh):
+    _, course = one_and_many(mesh)
     schedule = course.setup.schedule
     assert schedule is not None
     text = course.step.as_text()
