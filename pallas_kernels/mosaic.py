@@ -1,25 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mosaic GPU as our kernels use it: the one file that knows jax versions.
+"""Mosaic GPU as our kernels use it, on a GPU and in interpret mode.
 
-Kernels take from here what interpret mode lacks (accumulators that start from a value,
-a left operand in registers, adding into global memory) and what differs between
-jax 0.11 and 0.12. All else they take from `plgpu` itself.
+Kernels take from here what interpret mode lacks: accumulators that start from a value,
+a left operand in registers, adding into global memory. All else they take from `plgpu`
+itself.
 """
 
-import contextlib
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax._src import config as _jax_config
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks as _interpreter
-from jax._src.pallas.mosaic_gpu.interpret import shared_memory as _interpreter_memory
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-JAX_VERSION = tuple(int(part) for part in jax.__version__.split(".")[:2])
+from pallas_kernels.interpreter import interpret as interpret
+from pallas_kernels.interpreter import is_interpreted as is_interpreted
 
 
 def kernel(
@@ -169,112 +165,3 @@ def add_to_global(tile: Any, total: Any) -> None:
     `plgpu.wait_smem_to_gmem` waits for it as for a plain copy.
     """
     plgpu.copy_smem_to_gmem(tile, total, reduction_op="add")
-
-
-def is_interpreted() -> bool:
-    """Returns whether kernels traced now run in interpret mode; see `interpret`."""
-    return _jax_config.pallas_tpu_interpret_mode_context_manager.value is not None
-
-
-@contextlib.contextmanager
-def interpret(detect_races: bool = True) -> Iterator[None]:
-    """Runs kernels traced inside on the CPU, with memory and barriers simulated.
-
-    Memory starts as NaN. `current_target()` is a Hopper GPU of two cores meanwhile.
-
-    Raises:
-      RuntimeError: two threads touched the same memory, unordered.
-    """
-    parameters = plgpu.InterpretGPUParams(detect_races=detect_races)
-    try:
-        with (
-            plgpu.force_gpu_interpret_mode(parameters),
-            _tolerant_barriers(),
-            _adding_copies(),
-        ):
-            yield
-            # A call returns before its kernel has run: what it needs stays until then,
-            # and only then are its races known.
-            jax.effects_barrier()
-        races = _interpreter._races
-        if races is not None and races.races_found:
-            raise RuntimeError("a kernel has a data race; see the log above")
-    except BaseException:
-        _interpreter.reset_gpu_interpret_mode_state()
-        raise
-
-
-@contextlib.contextmanager
-def _tolerant_barriers() -> Iterator[None]:
-    """Lets a kernel end with phases of a barrier that no thread waited for.
-
-    jax 0.11 calls that an error; it is not, and 0.12 no longer says so.
-    """
-    if JAX_VERSION >= (0, 12):
-        yield
-        return
-    barrier = _interpreter_memory.Barrier
-    strict = barrier.deallocate
-
-    def deallocate(self):
-        with self.cv:
-            # Each thread calls this at its end; until the last one the phases count.
-            if self.ref_count == 1:
-                self.last_observed_phase_by_thread.clear()
-            strict(self)
-
-    barrier.deallocate = deallocate
-    try:
-        yield
-    finally:
-        barrier.deallocate = strict
-
-
-# Interpret mode runs a copy in the thread that asks for it. A compiled function may
-# bring what it was traced with into a later context.
-_COPYING = threading.local()
-
-
-@contextlib.contextmanager
-def _adding_copies() -> Iterator[None]:
-    """Teaches interpret mode `copy_smem_to_gmem(reduction_op="add")`.
-
-    The copy reads shared memory as any does, checked for races; additions are atomic,
-    so they are not checked against each other.
-    """
-    plain: Any = _interpreter.copy_smem_to_gmem
-    task = _interpreter.AsyncCopySmemToGmemTask
-
-    class Task(task):
-        def __call__(self, copier: int) -> None:
-            if not _COPYING.adds:
-                super().__call__(copier)
-                return
-            memory: Any = _interpreter._get_shared_memory()
-            target = self.dst_allocation_key, self.dst_access
-            self.pre_read(copier, memory)
-            tile, total = (
-                memory.get_buffer_content(
-                    *place, self.thread, logging_info=self.logging_info
-                )[0]
-                for place in ((self.src_allocation_key, self.src_access), target)
-            )
-            if self.clock is not None:
-                self.clock.inc(copier)
-                self.write_clock = self.clock.copy()
-            memory.store_buffer_content(
-                *target, total + tile, self.thread, logging_info=self.logging_info
-            )
-            self.post_write(copier, memory)
-
-    def copy(*, reduction_op: Any, **arguments: Any) -> Any:
-        _COPYING.adds = reduction_op == "add"
-        return plain(reduction_op=None if _COPYING.adds else reduction_op, **arguments)
-
-    _interpreter.copy_smem_to_gmem = copy
-    _interpreter.AsyncCopySmemToGmemTask = Task
-    try:
-        yield
-    finally:
-        _interpreter.copy_smem_to_gmem = plain
-        _interpreter.AsyncCopySmemToGmemTask = task

@@ -20,11 +20,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pallas_kernels import mosaic, offline
+from pallas_kernels import interpreter, offline
 from pallas_kernels.case import Case, Search
 
 FILE = offline.DEVICES / "nvidia_h200_resources.json"
-VERSION = ".".join(map(str, mosaic.JAX_VERSION))  # compilers come with jax
+VERSION = ".".join(map(str, interpreter.JAX_VERSION))  # compilers come with jax
 REGISTERS_SLACK = 8  # ptxas allots them in eights
 SHARED_SLACK = 1024  # barriers and alignment
 MOST_SHARED = 232448  # bytes a block of an H200 may have

@@ -20,7 +20,10 @@ from pallas_kernels.grouped_matmul.tiles import (
     Tile,
 )
 
-SLOTS = 3  # chunks of the output on their way from a warpgroup
+SLOTS = 2  # chunks of the output on their way from a warpgroup
+# A copy may begin at any row of the ragged buffer, and TMA at multiples of 128 bytes
+# only: each row is that long, and not swizzled.
+RAGGED_CHUNK = 64
 
 
 def multiply_rows(
@@ -57,7 +60,7 @@ def multiply_rows(
             pipeline.swizzled((tile.stages, tile.rows, DEPTH), x.dtype),
             pipeline.swizzled((tile.stages, *w_shape), x.dtype),
             pipeline.swizzled((NUM_WARPGROUPS, SLOTS, *chunk), x.dtype),
-            plgpu.SMEM((NUM_WARPGROUPS, *chunk), x.dtype),
+            plgpu.SMEM((NUM_WARPGROUPS, ROWS_PER_WARPGROUP, RAGGED_CHUNK), x.dtype),
             full,
             free,
         ],
@@ -148,26 +151,27 @@ def _body(*refs, transposed: bool, tile: Tile, blocks: int):
 
 def _store(product, out, slots, ragged, base, first, end, column) -> None:
     """Stores the rows from `first` to `end`: those around them are other groups'."""
-    for i in range(product.shape[1] // CHUNK):
-        values = product[:, i * CHUNK : (i + 1) * CHUNK]
-        columns = pl.ds(column + i * CHUNK, CHUNK)
-        size = end - first
+    size = end - first
 
-        @pl.when(size == ROWS_PER_WARPGROUP)
-        def _(i=i, values=values, columns=columns):
+    @pl.when(size == ROWS_PER_WARPGROUP)
+    def _():
+        rows = pl.ds(pl.multiple_of(base, ALIGNMENT), ROWS_PER_WARPGROUP)
+        for i in range(product.shape[1] // CHUNK):
             # The first chunk may meet any slot of the tile before, long stored.
             plgpu.wait_smem_to_gmem(min(i, 1) * (SLOTS - 1), wait_read_only=True)
             slot = slots.at[i % SLOTS]
-            slot[...] = values
+            slot[...] = product[:, i * CHUNK : (i + 1) * CHUNK]
             plgpu.commit_smem()
-            rows = pl.ds(pl.multiple_of(base, ALIGNMENT), ROWS_PER_WARPGROUP)
+            columns = pl.ds(column + i * CHUNK, CHUNK)
             plgpu.copy_smem_to_gmem(slot, out.at[rows, columns])
 
-        @pl.when((size > 0) & (size < ROWS_PER_WARPGROUP))
-        def _(values=values, columns=columns, size=size):
+    @pl.when((size > 0) & (size < ROWS_PER_WARPGROUP))
+    def _():
+        for i in range(product.shape[1] // RAGGED_CHUNK):
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            ragged[...] = values
+            ragged[...] = product[:, i * RAGGED_CHUNK : (i + 1) * RAGGED_CHUNK]
             plgpu.commit_smem()
+            columns = pl.ds(column + i * RAGGED_CHUNK, RAGGED_CHUNK)
             _store_ladder(ragged, out, base, first, size, columns)
 
 
