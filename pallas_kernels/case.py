@@ -39,6 +39,7 @@ class Case:
     call: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # for bench/peers
     reference: Callable | None = None  # on float32 inputs, in little memory; None: xla
     searches: tuple[Search, ...] = ()  # of its kernels that have something to choose
+    gemms: tuple[str, ...] = ()  # functions for which XLA tries some as it compiles
     in_ci: bool = True  # compiled in every test run; scripts compile all
 
     def least_seconds(

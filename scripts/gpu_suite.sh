@@ -8,16 +8,18 @@
 # touched. Every part ends by itself, keeps what it has if it is killed, and survives
 # kernels that hang or fault.
 #
-# In this order where GPU minutes are few; expected minutes in brackets:
-#   scripts/gpu_suite.sh first       (2)   does a kernel of each operation run, is it
-#                                          right, how fast is it: fix what is not first
-#   scripts/gpu_suite.sh kernels     (9)   every case beside every peer, with ceilings
+# In this order where GPU minutes are few; LIMIT is the seconds after which a part begins
+# nothing more, and the minutes in brackets are those of its default:
+#   scripts/gpu_suite.sh kernels     (9)   every case beside every peer, with ceilings; a
+#                                          cheap case of each kind first
 #   scripts/gpu_suite.sh step        (9)   whole steps, each kernel on and off, torch;
 #                                          device description, autotuning, memory
 #   scripts/gpu_suite.sh tune        (9)   other tiles, the table of tiles; OPERATIONS
-#                                          names some: OPERATIONS="attention" first
-#   scripts/gpu_suite.sh tests       (8)   pytest -m gpu
+#                                          and PART name some: OPERATIONS=attention first
+#   scripts/gpu_suite.sh tests       (8)   pytest -m gpu; TESTS selects, as pytest -k
 #   scripts/gpu_suite.sh quickstart  (4)   trains and samples with configs/quickstart_gpu
+# PART takes words that names of cases have, with commas between them. In 15 minutes, of
+# which a machine takes one to start: LIMIT=220 for kernels, 300 for step, 200 for tune.
 # After each: read OUTPUT/*.md, commit the results and what they changed in
 # pallas_kernels/devices; `compare` says what a real device description changes.
 #
@@ -49,20 +51,17 @@ bench() {
 }
 
 case $part in
-  first)
-    nvidia-smi || true
-    "$python" -c 'import jax; print(jax.__version__, jax.devices())'
-    bench --first --seconds 150 --case_seconds 2
-    ;;
   kernels)
-    bench --seconds 520 "${operations[@]}"
+    nvidia-smi || true
+    bench --seconds "${LIMIT:-520}" ${PART:+--part "$PART"} "${operations[@]}"
     ;;
   tune)
-    bench --tune --no_peers --seconds 500 --case_seconds 4 "${operations[@]}"
+    bench --tune --no_peers --seconds "${LIMIT:-500}" --case_seconds 4 \
+      ${PART:+--part "$PART"} "${operations[@]}"
     ;;
   step)
     mkdir -p "$out"
-    "$python" scripts/bench_step.py --seconds 420 --output "$out"
+    "$python" scripts/bench_step.py --seconds "${LIMIT:-420}" --output "$out"
     # Twice the rows: does the prediction of memory hold where it matters?
     "$python" scripts/bench_step.py --seconds 100 --output "$out" \
       --stem step_4_rows --batch 4 --arms mosaic
@@ -71,7 +70,7 @@ case $part in
     mkdir -p "$out"
     JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false \
       timeout 560 "$python" -m pytest --noconftest -n 4 -m gpu -rA --timeout=400 \
-      tests/test_gpu.py 2>&1 | tee "$out/tests.log"
+      ${TESTS:+-k "$TESTS"} tests/test_gpu.py 2>&1 | tee "$out/tests.log"
     ;;
   quickstart)
     config=configs/quickstart_gpu.py workdir=runs/quickstart_gpu
@@ -100,7 +99,7 @@ case $part in
     ls -l "$folder"
     ;;
   *)
-    sed -n '3,28p' "$0"
+    sed -n '3,29p' "$0"
     exit 2
     ;;
 esac

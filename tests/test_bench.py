@@ -15,13 +15,14 @@ import pytest
 
 from pallas_kernels.bench import __main__ as command
 from pallas_kernels.bench import check, peers, prove, search
+from pallas_kernels.bench import measure as measuring
 from pallas_kernels.bench.ceilings import Ceilings, measure_ceilings
-from pallas_kernels.bench.measure import measure
+from pallas_kernels.bench.measure import DeviceLost, measure
 from pallas_kernels.bench.options import Options
 from pallas_kernels.bench.record import format_results, write_results
 from pallas_kernels.bench.supervisor import read_records, supervise
-from pallas_kernels.bench.timing import Entrant, time_in_turns
-from pallas_kernels.bench.worker import find_cases, one_of_each_kind
+from pallas_kernels.bench.timing import Entrant, Timing, time_in_turns
+from pallas_kernels.bench.worker import find_cases, in_order, one_of_each_kind
 from pallas_kernels.case import Case, Search
 from pallas_kernels.offline import OPERATIONS
 
@@ -99,8 +100,12 @@ def test_a_kernel_that_is_wrong_is_said_to_be(options, wrong):
 
 def test_our_own_kernel_is_noted_before_the_others_run(options):
     noted = []
-    record = measure(make_case(), options, noted.append)
-    assert [set(early["timings"]) for early in noted] == [{"mosaic"}]
+    record = measure(make_case(), options, lambda *said: noted.append(said))
+    assert [(event, set(early["timings"])) for event, early in noted] == [
+        ("waits", set()),
+        ("holds", set()),
+        ("holds", {"mosaic"}),
+    ]
     assert set(record["timings"]) == {"mosaic", "xla"}
 
 
@@ -112,6 +117,41 @@ def test_an_implementation_that_raises_leaves_the_others_measured(options):
     record = measure(make_case(functions=functions), options)
     assert "head width 65" in record["failures"]["cudnn"]
     assert set(record["timings"]) == {"mosaic", "xla"}
+
+
+def test_a_fault_of_the_device_ends_the_case_with_what_is_known(options):
+    def faulty(x):
+        raise RuntimeError(
+            "INTERNAL: CUDA_ERROR_MISALIGNED_ADDRESS: misaligned address"
+        )
+
+    with pytest.raises(DeviceLost) as lost:
+        measure(make_case(functions={"mosaic": faulty, "xla": scale}), options)
+    (record,) = lost.value.args
+    assert set(record["failures"]) == {"mosaic"} and record["timings"] == {}
+
+
+def test_a_full_device_is_no_fault(options):
+    def large(x):
+        raise RuntimeError("CUDA_ERROR_OUT_OF_MEMORY: out of memory")
+
+    functions = {"mosaic": scale, "xla": large}
+    record = measure(make_case(functions=functions, reference=scale), options)
+    assert set(record["timings"]) == {"mosaic"} and set(record["failures"]) == {"xla"}
+
+
+def test_of_two_times_the_one_that_varies_less_stays(options, monkeypatch):
+    spreads = iter([0.0, 0.9, 0.2])  # ours alone; all, disturbed; all once more
+
+    def times(entrants, *, rounds, **_):
+        spread = next(spreads)
+        timing = Timing(1.0, 1.0 - spread / 2, 1.0 + spread / 2, rounds)
+        return dict.fromkeys(entrants, timing)
+
+    monkeypatch.setattr(measuring, "time_in_turns", times)
+    monkeypatch.setattr(measuring._Work, "is_disturbed", lambda work: True)
+    record = measure(make_case(), options)
+    assert record["timings"]["xla"]["high_us"] == pytest.approx(1.1e6)
 
 
 def test_the_reference_of_a_case_stands_in_for_plain_jax_that_does_not_fit(options):
@@ -195,34 +235,52 @@ def test_a_case_without_times_is_in_the_table_with_its_reason():
     assert "| a | - |" in text and "- a, mosaic: killed" in text
 
 
+def test_every_operation_has_its_turn_before_any_has_all_of_its_cases(options):
+    options = dataclasses.replace(options, operations=("norm", "quantize"), dry=False)
+    cases = in_order(options)
+    assert [c.operation for c in cases[:4]] == ["norm", "quantize"] * 2
+    assert len(cases) == sum(len(find_cases(o, False)) for o in options.operations)
+    only = dataclasses.replace(options, part="rms-8k-8192,rows-16384x4096-both")
+    assert [c.name for c in in_order(only)] == [
+        *("forward-rms-8k-8192", "rows-16384x4096-both", "backward-rms-8k-8192"),
+    ]
+
+
 WORKER = """
 import json, os, sys, time
-options, operation, first, stride = sys.argv[1:]
+options, first, stride = sys.argv[1:]
 folder = json.loads(options)["folder"]
-path = os.path.join(folder, f"{operation}-{first}.jsonl")
+path = os.path.join(folder, f"worker-{first}.jsonl")
 seen = open(path).read() if os.path.exists(path) else ""
-for name in ("crashes", "hangs", "ends"):
-    if name in seen:
-        continue
-    with open(path, "a") as file:
-        began = {"event": "began", "name": name, "at": time.time()}
-        print(json.dumps(began), file=file)
-        file.flush()
+with open(path, "a", buffering=1) as file:
+    def write(event, name, **facts):
+        about = {"operation": "x", "name": name, "at": time.time()}
+        print(json.dumps({"event": event, **about, **facts}), file=file)
+    for name in ("crashes", "faults", "hangs", "ends"):
+        if name in seen:
+            continue
+        write("began", name)
         if name == "crashes":
             os.kill(os.getpid(), 11)
+        if name == "faults":
+            write("done", name, failures={"mosaic": "fault"})
+            os._exit(3)
         if name == "hangs":
-            print(json.dumps({"timings": {"mosaic": 1}, **began}), file=file)
-            file.flush()
+            write("holds", name, timings={"mosaic": 1})
             time.sleep(600)
-        print(json.dumps({"event": "done", "operation": "x", "name": name}), file=file)
+        write("waits", name)
+        time.sleep(0.5)
+        write("done", name)
 """
 
 
-def test_a_crash_and_a_hang_cost_their_case_only(options, tmp_path):
+def test_a_crash_a_fault_and_a_hang_cost_their_case_only(options, tmp_path):
     started = (sys.executable, "-c", WORKER)
-    supervise(options, "x", 0, 1, command=started, limit_s=1)
+    limits_s = {"began": 60, "holds": 1}
+    supervise(options, 0, 1, command=started, limits_s=limits_s)
     found = {record["name"]: record for record in read_records(tmp_path)}
-    assert list(found) == ["crashes", "hangs", "ends"]
+    assert list(found) == ["crashes", "faults", "hangs", "ends"]
+    assert found["faults"]["failures"] == {"mosaic": "fault"}
     assert "exit status -11" in found["crashes"]["failures"]["mosaic"]
     # Our own kernel was measured before another implementation hung.
     assert "killed" in found["hangs"]["failures"]["others"]

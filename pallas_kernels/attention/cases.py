@@ -74,6 +74,7 @@ def _case(call: Call) -> Case:
         call={} if call.num_keys else _facts(call),
         reference=_reference(call),
         searches=searches(call, H200) if call.name in SEARCHED else (),
+        gemms=("xla",),
         in_ci=call.in_ci,
     )
 

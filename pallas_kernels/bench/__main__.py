@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks and times the kernels on this machine's GPU, beside other libraries.
 
-    python -m pallas_kernels.bench [operation ...] [--part NAME] [--tune]
+    python -m pallas_kernels.bench [operation ...] [--part NAME,NAME] [--tune]
         [--seconds N] [--output DIR]
 
-Of each case: correctness at real shapes first, then the median time, the rate, the
-share of the ceilings that the same run measures, and the times of plain JAX, cuDNN and
-whatever of torch, Tokamax and Liger can be imported. Results are written after every
+A cheap case of each kind comes first. Of each case: correctness at real shapes, then
+the median time, the rate, the share of the ceilings that the same run measures, and the
+times of plain JAX, cuDNN and whatever of torch, Tokamax and Liger can be imported;
+where our rounds vary by more than 10 %, all of them once more. Results are written after every
 case, to `<device>_<date>.json` and `.md`, so a run that is killed loses one case. A
 kernel that hangs or crashes costs its own worker process only. `--tune` also times the
 tiles that compiled offline without spills (`python -m pallas_kernels.resources
@@ -41,16 +42,14 @@ ENVIRONMENT = {
 }
 
 
-def run(operations: Sequence[str], options: Options, workers: int, output: Path) -> int:
+def run(options: Options, workers: int, output: Path) -> int:
     """Measures operations and writes results; returns 1 if any kernel was wrong."""
     folder = Path(options.folder)
-    about = _about(options, operations)
+    about = _about(options)
     stem = f"{about['device'].lower().replace(' ', '_')}_{about['date'][:10]}"
     stem += "_dry" if options.dry else ""
-    jobs = [(name, i) for name in operations for i in range(workers)]
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        # Workers of one operation first: the others start as these end.
-        running = [pool.submit(supervise, options, *job, workers) for job in jobs]
+        running = [pool.submit(supervise, options, i, workers) for i in range(workers)]
         shown: set[tuple[str, str]] = set()
         while True:
             finished = all(future.done() for future in running)
@@ -71,7 +70,7 @@ def run(operations: Sequence[str], options: Options, workers: int, output: Path)
     return int(any(_is_wrong(record) for record in records))
 
 
-def _about(options: Options, operations: Sequence[str]) -> dict[str, Any]:
+def _about(options: Options) -> dict[str, Any]:
     """Asks a process of its own, so that this one never holds the device."""
     command = [sys.executable, "-m", "pallas_kernels.bench.machine", options.dumps()]
     subprocess.run(command, check=True, env={**os.environ, **ENVIRONMENT})
@@ -79,8 +78,8 @@ def _about(options: Options, operations: Sequence[str]) -> dict[str, Any]:
     return {
         **json.loads((folder / "machine.json").read_text()),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python -m pallas_kernels.bench", *sys.argv[1:]]),
-        "operations": list(operations),
+        "command": " ".join(["python -m pallas_kernels.bench", *options.words()]),
+        "operations": list(options.operations),
         "dry": options.dry,
         "ceilings": json.loads((folder / "ceilings.json").read_text()),
     }
@@ -123,8 +122,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     add = parser.add_argument
     add("operations", nargs="*", help=f"of {', '.join(offline.OPERATIONS)}; none: all")
-    add("--part", default="", help="only cases whose name contains this")
-    add("--first", action="store_true", help="one small case of each kind")
+    add("--part", default="", help="only cases whose name contains this, or this,that")
     add("--tune", action="store_true", help="time other tiles too, write the table")
     add("--seconds", type=float, default=540, help="after which no case starts")
     add("--case_seconds", type=float, default=3, help="of timing a case at most")
@@ -144,8 +142,8 @@ def main(arguments: Sequence[str]) -> int:
         os.environ["JAX_PLATFORMS"] = "cpu"
     with tempfile.TemporaryDirectory() as folder:
         options = Options(
+            operations=tuple(asked.operations) or offline.OPERATIONS,
             part=asked.part,
-            first=asked.first,
             tune=asked.tune,
             dry=asked.dry,
             peers=not asked.no_peers,
@@ -154,8 +152,7 @@ def main(arguments: Sequence[str]) -> int:
             until=time.time() + asked.seconds,
             folder=folder,
         )
-        operations = asked.operations or offline.OPERATIONS
-        return run(operations, options, workers, asked.output or RESULTS)
+        return run(options, workers, asked.output or RESULTS)
 
 
 if __name__ == "__main__":

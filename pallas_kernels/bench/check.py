@@ -19,18 +19,21 @@ LEAST_ERROR = 1e-5  # of float32 sums in another order
 ERROR_WITHOUT_XLA = 1e-2  # of bfloat16, where plain JAX does not fit into memory
 
 
-def reference_outputs(case: Case, inputs: tuple[jax.Array, ...]) -> list[jax.Array]:
-    """Returns what the case's reference says, from float32 inputs and products.
+def compile_reference(case: Case) -> Callable[..., list[jax.Array]]:
+    """Returns a program of what the case's reference says, of float32 inputs.
 
     The device multiplies float32 as TF32 unless told not to.
     """
     function = case.reference or case.functions["xla"]
 
-    def run(inputs):
-        return function(*jax.tree.map(_widened, inputs))
+    def run(*inputs):
+        return jax.tree.leaves(function(*jax.tree.map(_widened, inputs)))
 
+    # It runs once: to try which of many GEMMs is fastest would take longer.
+    on_gpu = jax.default_backend() == "gpu"
+    options = {"xla_gpu_autotune_level": 0} if on_gpu else {}
     with jax.default_matmul_precision("highest"):
-        return jax.tree.leaves(jax.jit(run)(inputs))
+        return jax.jit(run, compiler_options=options).lower(*case.inputs).compile()
 
 
 def errors(outputs: Any, expected: list[jax.Array]) -> list[float]:

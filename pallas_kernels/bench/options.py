@@ -9,8 +9,8 @@ import json
 class Options:
     """A run of `python -m pallas_kernels.bench`."""
 
-    part: str = ""  # of the names of cases; "" is all
-    first: bool = False  # one small case of each kind only: does anything run at all
+    operations: tuple[str, ...] = ()  # folders of operations
+    part: str = ""  # of the names of cases; "" is all; commas separate several
     tune: bool = False  # time other tiles, and write the table of tiles
     dry: bool = False  # tiny cases on the CPU: proves the code, measures nothing
     peers: bool = True  # time other libraries too
@@ -19,6 +19,16 @@ class Options:
     until: float = 0.0  # `time.time()` after which no case starts
     folder: str  # of the files that workers and supervisor share
 
+    def words(self) -> list[str]:
+        """Returns what of a command line tells what was measured."""
+        switches = {
+            "--tune": self.tune,
+            "--dry": self.dry,
+            "--no_peers": not self.peers,
+        }
+        part = [f"--part={self.part}"] if self.part else []
+        return [*self.operations, *part, *(w for w, on in switches.items() if on)]
+
     def dumps(self) -> str:
         """Returns what `loads` takes."""
         return json.dumps(dataclasses.asdict(self))
@@ -26,4 +36,5 @@ class Options:
     @classmethod
     def loads(cls, text: str) -> "Options":
         """Returns the options that `dumps` wrote."""
-        return cls(**json.loads(text))
+        fields = json.loads(text)
+        return cls(**fields | {"operations": tuple(fields["operations"])})

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times the tiles a kernel may run with, and keeps the best in the device's table."""
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -24,7 +25,7 @@ def time_tiles(
     search: Search,
     inputs: list,
     options: Options,
-    lock: Callable,
+    device: Callable[[], contextlib.AbstractContextManager],
     errors: Mapping[str, list[float]],
 ) -> list[dict[str, Any]]:
     """Returns a row for each tile: what it is, microseconds, or why it has none.
@@ -37,7 +38,7 @@ def time_tiles(
       search: one of its searches.
       inputs: of the case, to take in turn.
       options: of the run.
-      lock: of the device.
+      device: keeps others off it.
       errors: of `check`; none where the reference did not fit into memory.
     """
     rows, programs = [], {}
@@ -54,14 +55,14 @@ def time_tiles(
                 programs[tile] = jax.jit(function).lower(*case.inputs).compile()
             except Exception as error:
                 row["said"] = f"{type(error).__name__}: {error}".split("\n")[0][:200]
-    with lock(options):
+    with device():
         by_tile = dict(zip(search.tiles, rows, strict=True))
         _check_and_time(case, inputs, options, programs, by_tile, errors)
     return rows
 
 
 def _check_and_time(case, inputs, options, programs, by_tile, errors) -> None:
-    expected = check.reference_outputs(case, inputs[0]) if errors else None
+    expected = check.compile_reference(case)(*inputs[0]) if errors else None
     plain = {name: found for name, found in errors.items() if name == "xla"}
     entrants = {}
     for tile, program in programs.items():

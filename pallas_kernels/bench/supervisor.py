@@ -2,46 +2,48 @@
 """Keeps worker processes going when a kernel crashes or never ends."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pallas_kernels.bench.options import Options
 from pallas_kernels.bench.record import Record, read_events
 
-CASE_LIMIT_S = 150  # to compile, wait for the device, check and time a case
-TILE_LIMIT_S = 240  # the same where its tiles are searched
+LIMITS_S = {
+    "began": 150.0,  # to compile all of a case
+    "holds": 45.0,  # to check and time it, since it said anything
+}
 GRACE_S = 30  # after `Options.until`, for the case that is running
 POLL_S = 0.2
+LOST = 3  # exit status of a worker that has said all and needs a new process
+STAGES = ("began", "waits", "holds")
 WORKER = (sys.executable, "-m", "pallas_kernels.bench.worker")
 
 
 def supervise(
     options: Options,
-    operation: str,
     first: int,
     stride: int,
     command: Sequence[str] = WORKER,
-    limit_s: float | None = None,
+    limits_s: Mapping[str, float] = LIMITS_S,
 ) -> None:
     """Runs a worker to its end, and again after each case that ended it early.
 
     Args:
       options: of the run.
-      operation: folder of the operation.
       first: number of the worker's first case.
       stride: from one of its cases to the next.
       command: starts a worker.
-      limit_s: of a case; None is the usual one.
+      limits_s: by the stage of a case; waiting for the device has none.
     """
-    limit_s = limit_s or (TILE_LIMIT_S if options.tune else CASE_LIMIT_S)
-    log = Path(options.folder) / f"{operation}-{first}.jsonl"
-    arguments = [options.dumps(), operation, str(first), str(stride)]
+    log = Path(options.folder) / f"worker-{first}.jsonl"
+    arguments = [options.dumps(), str(first), str(stride)]
     for attempt in range(100):
         said = log.with_suffix(f".{attempt}.txt")
         with said.open("w") as output:
@@ -51,16 +53,18 @@ def supervise(
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-            reason = _watch(worker, log, options, limit_s)
+            reason = _watch(worker, log, options, limits_s)
         if reason is None:
             return
+        if worker.returncode == LOST:
+            continue
         running = _running(log)
         text = f"{reason}; its last words: {said.read_text()[-1500:]}"
         failed = {
+            "operation": "bench",
             "name": f"(start of worker {first})",
             **(running or {}),  # with what our own kernel did, if it did
             "event": "done",
-            "operation": operation,
         }
         guilty = "others" if failed.get("timings") else "mosaic"
         failed["failures"] = {**failed.get("failures", {}), guilty: text}
@@ -76,25 +80,28 @@ def read_records(folder: Path) -> list[Record]:
 
 
 def _watch(
-    worker: subprocess.Popen, log: Path, options: Options, limit_s: float
+    worker: subprocess.Popen,
+    log: Path,
+    options: Options,
+    limits_s: Mapping[str, float],
 ) -> str | None:
     """Returns why the worker ended before its last case, or None if it did not."""
     while worker.poll() is None:
         time.sleep(POLL_S)
-        running = _running(log)
-        now = time.time()
-        took_too_long = running is not None and now > running["at"] + limit_s
-        if took_too_long or now > options.until + GRACE_S:
+        running, now = _running(log) or {}, time.time()
+        limit_s = limits_s.get(running.get("event", ""), math.inf)
+        if now > running.get("at", now) + limit_s or now > options.until + GRACE_S:
             os.killpg(worker.pid, signal.SIGKILL)
             worker.wait()
-            return f"killed: not done after {limit_s} s, or no time was left"
+            stage = running.get("event", "starts")
+            return f"killed as it {stage}: took {limit_s} s, or no time was left"
     return f"exit status {worker.returncode}" if worker.returncode else None
 
 
 def _running(log: Path) -> dict[str, Any] | None:
-    """Returns the event of the case that began and is not done."""
+    """Returns the last event of the case that began and is not done."""
     events = read_events(log)
-    return events[-1] if events and events[-1]["event"] == "began" else None
+    return events[-1] if events and events[-1]["event"] in STAGES else None
 
 
 def _append(log: Path, event: dict[str, Any]) -> None:

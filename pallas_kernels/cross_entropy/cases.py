@@ -87,6 +87,7 @@ def _loss(
         tile=tiles.fit(DEFAULTS[EXPONENTIALS], num_words),
         make_inputs=make,
         call=dict(direction="backward", softcap=softcap, z_loss=z_loss),
+        gemms=("mosaic", "xla"),
     )
 
 

@@ -113,6 +113,7 @@ def _case(
         call=dict(columns=columns, experts=shape.experts),
         reference=functools.partial(_reference, kind),
         searches=(search,),
+        gemms=("xla",),
         in_ci=shape.in_ci,
     )
 
