@@ -10,8 +10,9 @@ computed again. Tokens are random, on the device. Arms are processes one after t
 other, in two rounds of opposite order, because they do not fit into memory together;
 the second round finds its programs in the compilation cache. Written after each arm:
 tokens/s, MFU of the data sheet's 989 TFLOP/s, the largest memory in use beside what XLA
-predicted, and losses, which must agree. The first arm also leaves what XLA knows of
-the device (target_config.pbtxt) and its autotuning results (autotune_results.pbtxt).
+predicted, and losses, which must agree but for torch's, whose first parameters and
+tokens are others. The first arm also leaves what XLA knows of the device
+(target_config.pbtxt) and its autotuning results (autotune_results.pbtxt).
 
 --predict compiles for an H200 that is not there, for the memory only; it needs
 `make .venv/cuda`. --tiny runs all of this on any machine, in seconds, for a test.

@@ -31,7 +31,7 @@ def supervise(
     first: int,
     stride: int,
     command: Sequence[str] = WORKER,
-    limits_s: Mapping[str, float] = LIMITS_S,
+    limits_s: Mapping[str, float] | None = None,
 ) -> None:
     """Runs a worker to its end, and again after each case that ended it early.
 
@@ -40,8 +40,11 @@ def supervise(
       first: number of the worker's first case.
       stride: from one of its cases to the next.
       command: starts a worker.
-      limits_s: by the stage of a case; waiting for the device has none.
+      limits_s: by the stage of a case; waiting for the device has none. None is the
+        usual ones on a GPU, and none in a dry run, which interprets kernels.
     """
+    if limits_s is None:
+        limits_s = {} if options.dry else LIMITS_S
     log = Path(options.folder) / f"worker-{first}.jsonl"
     arguments = [options.dumps(), str(first), str(stride)]
     for attempt in range(100):
