@@ -22,7 +22,7 @@ Llama Team, "The Llama 3 Herd of Models" (arXiv:2407.21783), section 3.3.2: all-
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -115,6 +115,10 @@ def _gather_backward(attention, inputs, results):
     return dq_BTNH, *(zigzag.scatter_rows(_wide(d)) for d in dkv)
 
 
+# Keys and values are one array around a ring, as their gradients are: XLA hides one
+# exchange behind a computation, and would wait for those of a second array.
+
+
 def _ring_forward(attention, q_BTNH, k_BTKH, v_BTKH, start_BT, end_BT):
     ring = Ring(start_BT, end_BT, k_BTKH.shape[1])
 
@@ -130,7 +134,8 @@ def _ring_forward(attention, q_BTNH, k_BTKH, v_BTKH, start_BT, end_BT):
     wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
     merged = jnp.zeros(q_BTNH.shape, wide), jnp.full((b, n, t), -jnp.inf, wide)
     turns = jnp.arange(ring.size - 1, dtype=jnp.int32)
-    (kv, merged), _ = jax.lax.scan(go, ((k_BTKH, v_BTKH), merged), turns)
+    kv = jnp.stack((k_BTKH, v_BTKH))
+    (kv, merged), _ = jax.lax.scan(go, (kv, merged), turns)
     out_BTNH, lse_BNT = visit(merged, kv, ring.size - 1)
     return out_BTNH.astype(q_BTNH.dtype), lse_BNT
 
@@ -142,19 +147,19 @@ def _ring_backward(attention, inputs, results):
     def visit(kv, turn):
         arrays = (q_BTNH, *kv, *results)
         dq_BTNH, *dkv = attention.differentiate(*arrays, *ring.ranges(turn))
-        return _wide(dq_BTNH), (_wide(dkv[0]), _wide(dkv[1]))
+        return _wide(dq_BTNH), jnp.stack(list(map(_wide, dkv)))
 
     # Gradients follow their keys a turn behind: they travel while the next are made.
     def add(dq_BTNH, dkv, kv, turn):
         arrived = ring.send(dkv)
         dq_part_BTNH, part = visit(kv, turn)
-        return dq_BTNH + dq_part_BTNH, jax.tree.map(jnp.add, arrived, part)
+        return dq_BTNH + dq_part_BTNH, arrived + part
 
     def go(carry, turn):
         kv, dq_BTNH, dkv = carry
         return (ring.send(kv), *add(dq_BTNH, dkv, kv, turn)), None
 
-    kv = (k_BTKH, v_BTKH)
+    kv = jnp.stack((k_BTKH, v_BTKH))
     carry = (ring.send(kv), *visit(kv, 0))
     turns = jnp.arange(1, ring.size - 1, dtype=jnp.int32)
     (kv, dq_BTNH, dkv), _ = jax.lax.scan(go, carry, turns)
@@ -174,10 +179,10 @@ class Ring:
     def size(self) -> int:
         return jax.lax.axis_size(sharding.axes_of("T"))
 
-    def send(self, arrays: Any) -> Any:
+    def send(self, x: jax.Array) -> jax.Array:
         """Returns what the device before this one has."""
         pairs = [(i, (i + 1) % self.size) for i in range(self.size)]
-        return jax.lax.ppermute(arrays, sharding.axes_of("T"), pairs)
+        return jax.lax.ppermute(x, sharding.axes_of("T"), pairs)
 
     def ranges(self, turn: int | jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns which of the keys that are here in a turn the queries see."""
