@@ -12,7 +12,11 @@ from pallas_kernels import offline
 
 ROOT = Path(__file__).parents[1]
 KERNELS = ("attention", "norm", "cross_entropy")
-MESHES = {"fsdp 8": "", "all": "--config.mesh.data=2 --config.mesh.tensor=2"}
+MESHES = {
+    "fsdp 8": "",
+    "all": "--config.mesh.data=2 --config.mesh.tensor=2",
+    "ring": "--config.mesh.context=4 --config.kernels.context=ring",
+}
 CONFIG = """
 from jaxllm.config import Config, DataConfig, LossConfig, ModelConfig, OptimizerConfig
 
@@ -63,7 +67,7 @@ def compiled(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", ["fsdp 8", "all"])
 def test_kernels_communicate_nothing_that_plain_jax_does_not(compiled, mesh):
     plain, kernels = compiled(mesh, "xla"), compiled(mesh, "mosaic")
     assert plain["kernels"] == {}
@@ -84,6 +88,16 @@ def test_the_attention_kernel_runs_once_forward_and_once_backward(compiled):
     # Two in a layer, again in its backward pass, and the last one.
     assert calls["norm_forward"] == 2 + 2 + 1
     assert calls["norm_backward"] == 2 + 1
+
+
+def test_a_ring_calls_the_attention_kernels_in_each_of_its_turns(compiled):
+    found = compiled("ring", "mosaic")
+    # Turns but the first, backward, and the last are the bodies of loops.
+    assert found["kernels"]["attention_forward"] == 2
+    assert found["kernels"]["attention_dq"] == found["kernels"]["attention_dkv"] == 3
+    # Keys with values in one array, their gradients in another: two layers, forward
+    # three turns, backward three and four.
+    assert found["collectives"]["collective-permute"] == 2 * (3 + 3 + 4)
 
 
 def test_kernels_need_less_temporary_memory(compiled):
