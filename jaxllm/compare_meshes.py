@@ -18,14 +18,26 @@ from absl import flags as absl_flags
 import sharding
 from jaxllm import flags
 from jaxllm.checkpoint.checksum import checksums
-from jaxllm.config import Config, InputError, MeshConfig
+from jaxllm.config import Config, InputError, MeshConfig, ModelConfig
 from jaxllm.data.batches import load_batches
 from jaxllm.data.splits import check_vocab, open_splits
 from jaxllm.step import Setup, compile_step, init_state, prepare
 from sharding import ShardingError
 
-# Largest relative difference of a loss that the order of additions explains.
+# Largest relative difference of a loss that the order of additions explains,
 TOLERANCES = {"float32": 1e-6, "bfloat16": 2.0**-8}
+# and that it does where a token whose scores nearly tie chooses another expert.
+ROUTED_TOLERANCE = 1e-3
+
+# Axes that are often used together; all threes would be many.
+THREES = (
+    ("data", "fsdp", "tensor"),
+    ("fsdp", "context", "tensor"),
+    ("fsdp", "expert", "tensor"),
+    ("fsdp", "expert", "context"),
+    ("fsdp", "stage", "tensor"),
+    ("data", "stage", "context"),
+)
 
 Sizes = Mapping[str, int]
 
@@ -37,6 +49,7 @@ class Course:
     parameters: dict[str, str]  # checksum of each before step 0, by path
     losses: np.ndarray
     grad_norms: np.ndarray
+    documents: int  # in the row that had the fewest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,17 +59,27 @@ class Comparison:
     mesh: str
     refusal: str = ""  # why the config does not fit it; nothing was run
     changed: tuple[str, ...] = ()  # parameters that differ before step 0
-    loss: float = 0.0  # largest relative difference of the steps
-    last_loss: float = 0.0  # that of the last step
-    grad_norm: float = 0.0
+    losses: tuple[float, ...] = ()  # relative difference of each step
+    grad_norm: float = 0.0  # largest relative difference of the steps
+
+    @property
+    def loss(self) -> float:
+        """The largest relative difference of the steps; NaN if one is."""
+        return float(np.max(self.losses))
+
+    def num_equal(self, tolerance: float) -> int:
+        """Returns the steps before the first whose loss is too far away."""
+        far = [not loss <= tolerance for loss in self.losses]
+        return [*far, True].index(True)
 
     def agrees(self, tolerance: float) -> bool:
         """Returns whether the mesh trains what one device does."""
-        return bool(self.refusal) or (not self.changed and self.loss <= tolerance)
+        same = not self.changed and self.num_equal(tolerance) == len(self.losses)
+        return bool(self.refusal) or same
 
 
 def compare(
-    config: Config, meshes: Sequence[Sizes], num_steps: int
+    config: Config, meshes: Sequence[Sizes], one: Course
 ) -> Iterator[Comparison]:
     """Yields how each mesh differs from one device.
 
@@ -64,15 +87,12 @@ def compare(
       config: its own mesh does not matter.
       meshes: sizes of the axes that are not 1; their product may be less than the
         number of devices here.
-      num_steps: updates on each mesh.
-
-    Raises:
-      InputError, sharding.ShardingError: the config cannot run on one device.
+      one: what `follow_one` gave.
     """
-    one = follow(_setup(config, {}), num_steps)
+    num_steps = len(one.losses)
     for sizes in meshes:
         try:
-            many = follow(_setup(config, sizes), num_steps)
+            many = follow(prepare_on(config, sizes), num_steps)
         except (ShardingError, InputError) as error:
             yield Comparison(_name(sizes), refusal=str(error))
             continue
@@ -84,10 +104,18 @@ def compare(
                 for path, digest in one.parameters.items()
                 if many.parameters[path] != digest
             ),
-            loss=float(losses.max()),
-            last_loss=float(losses[-1]),
+            losses=tuple(losses.tolist()),
             grad_norm=float(np.abs(many.grad_norms / one.grad_norms - 1).max()),
         )
+
+
+def follow_one(config: Config, num_steps: int) -> Course:
+    """Trains on one device.
+
+    Raises:
+      InputError, sharding.ShardingError: the config cannot run there.
+    """
+    return follow(prepare_on(config, {}), num_steps)
 
 
 def follow(setup: Setup, num_steps: int) -> Course:
@@ -97,7 +125,7 @@ def follow(setup: Setup, num_steps: int) -> Course:
     check_vocab(splits, config.model.vocab_size)
     step, state = compile_step(setup), init_state(setup)
     parameters = checksums(state.params)
-    records = []
+    records, documents = [], []
     with load_batches(
         config.data,
         splits,
@@ -105,14 +133,42 @@ def follow(setup: Setup, num_steps: int) -> Course:
         sharding=setup.abstract_batch["tokens"].sharding,
     ) as batches:
         for _ in range(num_steps):
-            state, metrics = step(state, next(batches))
+            batch = next(batches)
+            documents.append(int(batch["segments"].max(1).min()))
+            state, metrics = step(state, batch)
             records.append(jax.device_get((metrics["loss"], metrics["grad_norm"])))
     losses, grad_norms = np.array(records, np.float64).T
-    return Course(parameters, losses, grad_norms)
+    return Course(parameters, losses, grad_norms, min(documents))
+
+
+def prepare_on(config: Config, sizes: Sizes) -> Setup:
+    """Prepares a config for another mesh than its own.
+
+    Raises:
+      InputError, sharding.ShardingError: it does not fit that mesh.
+    """
+    used = int(np.prod(list(sizes.values()), dtype=np.int64))
+    devices = jax.devices()
+    if used > len(devices):
+        raise InputError(
+            f"the mesh {_name(sizes)} needs {used} devices and here are "
+            f"{len(devices)}; set JAX_NUM_CPU_DEVICES={used}, or give a smaller mesh."
+        )
+    mesh = sharding.make_mesh(sizes, devices[:used])
+    rounds = config.mesh.stage_rounds if "stage" in sizes else 1
+    asked = MeshConfig(**mesh.shape, stage_rounds=rounds)
+    return prepare(dataclasses.replace(config, mesh=asked), mesh)
+
+
+def tolerance_of(model: ModelConfig) -> float:
+    """Returns the largest relative difference of a loss that is explained."""
+    tolerance, moe = TOLERANCES[model.dtype], model.moe
+    routed = moe.experts_per_token < moe.num_experts  # all of them need no choice
+    return max(tolerance, ROUTED_TOLERANCE) if routed else tolerance
 
 
 def standard_meshes(num_devices: int) -> list[dict[str, int]]:
-    """Returns every axis of the config alone, and every two that share the devices."""
+    """Returns axes alone, every two that share the devices, and some three."""
     axes = list(MeshConfig().sizes)
     alone = [{axis: num_devices} for axis in axes]
     if num_devices % 2 or num_devices < 4:
@@ -123,7 +179,10 @@ def standard_meshes(num_devices: int) -> list[dict[str, int]]:
         for i, first in enumerate(axes)
         for second in axes[i + 1 :]
     ]
-    return alone + pairs
+    if num_devices % 4 or num_devices < 8:
+        return alone + pairs
+    threes = [dict.fromkeys(axes, 2) | {axes[0]: num_devices // 4} for axes in THREES]
+    return alone + pairs + threes
 
 
 def parse_meshes(text: str) -> list[dict[str, int]]:
@@ -144,17 +203,6 @@ def parse_meshes(text: str) -> list[dict[str, int]]:
         ) from error
 
 
-def _setup(config: Config, sizes: Sizes) -> Setup:
-    used = int(np.prod(list(sizes.values()), dtype=np.int64))
-    devices = jax.devices()
-    if used > len(devices):
-        raise InputError(
-            f"the mesh {_name(sizes)} needs {used} devices and here are "
-            f"{len(devices)}; set JAX_NUM_CPU_DEVICES={used}, or give a smaller mesh."
-        )
-    return prepare(config, sharding.make_mesh(sizes, devices[:used]))
-
-
 def _name(sizes: Sizes) -> str:
     return " x ".join(f"{axis} {size}" for axis, size in sizes.items()) or "one device"
 
@@ -163,24 +211,29 @@ def main(argv: list[str]) -> int:
     del argv
     values = absl_flags.FLAGS
     config = flags.config_from_flags()
-    tolerance = values.tolerance or TOLERANCES[config.model.dtype]
+    strict = TOLERANCES[config.model.dtype]
+    tolerance = values.tolerance or tolerance_of(config.model)
     meshes = (
         parse_meshes(values.meshes)
         if values.meshes
         else standard_meshes(jax.device_count())
     )
-    print(f"{values.steps} steps; relative differences from one device")
-    print(f"{'mesh':<36} {'parameters':<11} {'loss':>8} {'last':>8} {'grad_norm':>9}")
+    one = follow_one(config, values.steps)
+    print(
+        f"{values.steps} steps, {one.documents} documents a row or more; relative "
+        f"differences from one device; equal: steps until a loss is beyond {strict:.1e}"
+    )
+    print(f"{'mesh':<32} {'parameters':<11} {'loss':>8} {'equal':>5} {'grad_norm':>9}")
     status = flags.FINISHED
-    for row in compare(config, meshes, values.steps):
+    for row in compare(config, meshes, one):
         if row.refusal:
-            print(f"{row.mesh:<36} refused: {row.refusal}")
+            print(f"{row.mesh:<32} refused: {row.refusal}")
             status = flags.WRONG_INPUT if values.meshes else status
             continue
         same = f"{len(row.changed)} differ" if row.changed else "identical"
         ok = row.agrees(tolerance)
         print(
-            f"{row.mesh:<36} {same:<11} {row.loss:>8.1e} {row.last_loss:>8.1e} "
+            f"{row.mesh:<32} {same:<11} {row.loss:>8.1e} {row.num_equal(strict):>5} "
             f"{row.grad_norm:>9.1e}{'' if ok else f'  beyond {tolerance:.1e}'}",
             flush=True,
         )

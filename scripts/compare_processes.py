@@ -23,10 +23,15 @@ from absl import flags as absl_flags
 
 import sharding
 from jaxllm import distributed, flags, membership
-from jaxllm.compare_meshes import TOLERANCES, follow, parse_meshes, standard_meshes
+from jaxllm.compare_meshes import (
+    follow,
+    parse_meshes,
+    prepare_on,
+    standard_meshes,
+    tolerance_of,
+)
 from jaxllm.config import InputError
 from jaxllm.launch import COORDINATOR, NUM_PROCESSES, PROCESS_ID
-from jaxllm.step import prepare
 
 ROW = "{:<28} {:>9}  {:<10} {:>8} {:>9}".format
 Courses = list[dict]  # of each mesh: parameters, losses, grad_norms; or refusal
@@ -78,7 +83,7 @@ def write_courses(file: Path) -> int:
     courses = []
     for sizes in _meshes():
         try:
-            course = follow(prepare(config, sharding.make_mesh(sizes)), values.steps)
+            course = follow(prepare_on(config, sizes), values.steps)
         except (InputError, sharding.ShardingError) as error:
             courses.append({"refusal": str(error)})
             continue
@@ -106,7 +111,7 @@ def main(argv: list[str]) -> int:
             f"--processes={bad[0]} does not divide --devices={values.devices}; give "
             "numbers that do."
         )
-    tolerance = TOLERANCES[flags.config_from_flags().model.dtype]
+    tolerance = tolerance_of(flags.config_from_flags().model)
     status = flags.FINISHED
     every = [courses_of(number, values.devices) for number in numbers]
     print(f"{values.steps} steps; relative differences from {numbers[0]} process(es)")

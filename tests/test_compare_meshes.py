@@ -9,18 +9,29 @@ import numpy as np
 import pytest
 
 from jaxllm import compare_meshes
-from jaxllm.compare_meshes import Comparison, compare, parse_meshes, standard_meshes
+from jaxllm.compare_meshes import (
+    Comparison,
+    compare,
+    follow_one,
+    parse_meshes,
+    standard_meshes,
+    tolerance_of,
+)
 from jaxllm.config import InputError, MeshConfig
 
-MESHES = [{"fsdp": 4}, {"tensor": 16}, {"tensor": 4}]
+MESHES = [{"fsdp": 4}, {"tensor": 16}, {"tensor": 4}, {"expert": 2}, {"rows": 2}]
 
 
 def test_meshes_are_compared_or_refused_with_the_reason(tiny):
-    fits, too_large, uncut = compare(tiny(), MESHES, 2)
+    one = follow_one(tiny(), 2)
+    fits, too_large, uncut, dense, unknown = compare(tiny(), MESHES, one)
+    assert one.documents == 1  # files longer than rows
     assert (fits.mesh, fits.refusal, fits.changed) == ("fsdp 4", "", ())
-    assert fits.agrees(1e-6)
+    assert (len(fits.losses), fits.agrees(1e-6)) == (2, True)
     assert "needs 16 devices" in too_large.refusal
     assert "not a multiple of mesh tensor=4" in uncut.refusal
+    assert "config.mesh.expert=2 needs experts" in dense.refusal
+    assert "['rows'] are unknown" in unknown.refusal
 
 
 def test_other_parameters_on_another_mesh_are_found(tiny, monkeypatch):
@@ -35,22 +46,32 @@ def test_other_parameters_on_another_mesh_are_found(tiny, monkeypatch):
 
     honest = compare_meshes.init_state
     monkeypatch.setattr(compare_meshes, "init_state", init_state)
-    [found] = compare(tiny(), [{"data": 2}], 1)
+    [found] = compare(tiny(), [{"data": 2}], follow_one(tiny(), 1))
     assert len(found.changed) > 0
     assert not found.agrees(1.0)
 
 
 def test_a_loss_beyond_the_tolerance_does_not_agree():
-    assert Comparison("data 2", loss=1e-6).agrees(1e-6)
-    assert not Comparison("data 2", loss=1.1e-6).agrees(1e-6)
-    assert not Comparison("data 2", loss=np.nan).agrees(1e-6)
+    assert Comparison("data 2", losses=(0.0, 1e-6)).agrees(1e-6)
+    for losses, num_equal in (((0.0, 1.1e-6, 0.0), 1), ((np.nan, 0.0), 0)):
+        far = Comparison("data 2", losses=losses)
+        assert not far.agrees(1e-6)
+        assert far.num_equal(1e-6) == num_equal
+
+
+def test_only_a_choice_of_experts_widens_the_tolerance(tiny):
+    experts = {"model.moe.num_experts": 4}
+    every = experts | {"model.moe.experts_per_token": 4}
+    found = [tolerance_of(tiny(changes).model) for changes in ({}, every, experts)]
+    assert found == [1e-6, 1e-6, 1e-3]
 
 
 def test_the_standard_meshes_have_each_axis_alone_and_each_two():
     meshes = standard_meshes(8)
     axes = list(MeshConfig().sizes)
+    num_pairs = len(axes) * (len(axes) - 1) // 2
     assert meshes[: len(axes)] == [{axis: 8} for axis in axes]
-    assert len(meshes) == len(axes) + len(axes) * (len(axes) - 1) // 2
+    assert [len(sizes) for sizes in meshes[len(axes) :]] == [2] * num_pairs + [3] * 6
     assert all(np.prod(list(sizes.values())) == 8 for sizes in meshes)
     assert standard_meshes(3) == [{axis: 3} for axis in axes]
 
