@@ -42,6 +42,12 @@ ELSEWHERE = {  # beginning of a command: why it does not run here
     "make .venv/cuda": "installs; part of make test",
     ".venv/bin/python scripts/compile_step.py": "tests/test_step_offline.py runs it",
     "python scripts/settings_table.py": "tests/test_flags.py compares what it makes",
+    "JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=8 python -m jaxllm.compare_meshes": (
+        "minutes; tests/test_compare_meshes.py compares less"
+    ),
+    "python scripts/compare_processes.py": "half an hour, of eight processes' time",
+    "python scripts/measure_bubble.py": "a minute of sleep",
+    'PROCESSES="4 2 1"': "tests/test_elastic.py, which runs with fewer processes",
     "python3.12 -m venv": "part of make test",
     ". .venv/bin/activate": "part of make test",
     "pip install": "part of make test",
@@ -55,6 +61,7 @@ ELSEWHERE = {  # beginning of a command: why it does not run here
 RUNS_HERE = (
     *("python -m jaxllm.", "python -m pallas_kernels.resources --predict"),
     "gzip -dc corpus.txt.gz | python -m jaxllm.",
+    'python -c "import json',
 )
 SMALLER = {
     "python:stdlib": "texts",
