@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from jaxllm.checkpoint.errors import CheckpointError, reason
+from jaxllm.checkpoint.leftovers import end_leftovers
 from jaxllm.checkpoint.reading import (
     orbax_context,
     read_json,
@@ -126,13 +127,8 @@ class Checkpoints:
         if self._pending is None:
             return
         step, response = self._pending
-        try:
-            with self._writing(step, Exception):
-                response.result()
-        except CheckpointError:
-            self._pending = None
-            self._release()  # so that the next save removes what this one left
-            raise
+        with self._writing(step, Exception):
+            response.result()
         self._pending = None
 
     def close(self) -> None:
@@ -225,6 +221,9 @@ class Checkpoints:
         try:
             yield
         except kind as error:
+            self._pending = None
+            self._release()  # so that the next save removes what this one left
+            end_leftovers()
             raise CheckpointError(
                 f"Step {step} could not be saved into {self._folder} "
                 f"({reason(error)}). What was saved before is untouched: make room or "

@@ -13,6 +13,7 @@ from orbax.checkpoint import v1 as ocp
 
 from jaxllm.checkpoint.checksum import checksums, json_checksum
 from jaxllm.checkpoint.errors import CheckpointError, reason
+from jaxllm.checkpoint.leftovers import end_leftovers
 from jaxllm.config import InputError
 
 _log = logging.getLogger(__name__)
@@ -91,10 +92,13 @@ def orbax_context() -> ocp.Context:
 
 
 def _load(folder: Path, abstract_state: Any) -> Any:
+    placed = _placed(abstract_state)
     with _reading(folder), jax.transfer_guard("allow"), orbax_context():
-        return ocp.load(
-            str(folder), _placed(abstract_state), checkpointable_name="state"
-        )
+        try:
+            return ocp.load(str(folder), placed, checkpointable_name="state")
+        except Exception:
+            end_leftovers()
+            raise
 
 
 def _check_fit(folder: Path, abstract: Any, *, within: str = "") -> None:
@@ -118,6 +122,7 @@ def _saved_arrays(folder: Path) -> Any:
     with _reading(folder), orbax_context():
         metadata = ocp.metadata(str(folder), checkpointable_name="state").metadata
         if metadata is None:  # what Orbax returns after a warning
+            end_leftovers()
             raise ValueError("no description of its arrays")
         return metadata
 
