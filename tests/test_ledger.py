@@ -173,13 +173,16 @@ def test_a_process_knows_its_age():
     script = (
         "import time; time.sleep(0.3)\n"
         "from jaxllm.resilience.phases import process_age_s as age\n"
-        "first = age(); time.sleep(0.2); print(first, age())"
+        "now = time.monotonic\n"
+        "before = now(); first = age(); after = now(); time.sleep(0.2)\n"
+        "least = now() - after; second = age(); most = now() - before\n"
+        "print(first, least, second - first, most)"
     )
     began_s = time.monotonic()
     said = subprocess.check_output([sys.executable, "-c", script], text=True)
-    first, second = map(float, said.split())
+    first, least, gained, most = map(float, said.split())
     assert 0.3 <= first <= time.monotonic() - began_s
-    assert second - first == pytest.approx(0.2, abs=0.1)
+    assert least - 1e-3 <= gained <= most + 1e-3
     assert process_age_s() > 0
 
 
@@ -216,7 +219,9 @@ def test_killed_and_resumed_a_run_accounts_for_the_time_on_the_wall(tiny, tmp_pa
             lambda: metrics.exists() and '"step": 120,' in metrics.read_text(), first
         )
         first.send_signal(signal.SIGKILL)
+        killed_s = time.time()
     time.sleep(1.0)
+    restarted_s = time.time()
     with start() as second:
         said, _ = second.communicate()
     took_s = time.time() - began_s
@@ -224,15 +229,15 @@ def test_killed_and_resumed_a_run_accounts_for_the_time_on_the_wall(tiny, tmp_pa
     account = read_ledger(workdir)
     assert account.lives == 2
     # The interpreter takes its time to go, after the last line.
-    assert took_s - 3.0 < account.total_s <= took_s + 0.05
-    assert 1.0 <= account.seconds["idle"] < 3.0
+    assert took_s - 5.0 < account.total_s <= took_s + 0.05
+    assert 1.0 <= account.seconds["idle"] < restarted_s - killed_s + 3.0
     assert account.seconds["lost"] > 0
     for kind in ("start", "compile", "restore", "step", "save"):
         assert account.seconds[kind] > 0, kind
     assert f"ledger: {account.table()}" in said
     lines = map(json.loads, metrics.read_text().splitlines())
     goodput = [line["goodput"] for line in lines if "goodput" in line]
-    assert goodput[-1] == pytest.approx(account.goodput, abs=0.1)
+    assert goodput[-1] == pytest.approx(account.goodput, abs=0.2)
     command = [sys.executable, "-m", "jaxllm.ledger", "run"]
     said = subprocess.check_output(command, cwd=tmp_path, env=environment, text=True)
     assert said == f"run: {account.table()}\n"
@@ -242,5 +247,5 @@ def test_a_run_in_python_begins_its_life_with_the_call(tiny, tmp_path):
     began_s = time.time()
     records = list(train(tiny(), tmp_path))
     account = read_ledger(tmp_path)
-    assert account.total_s == pytest.approx(time.time() - began_s, abs=0.5)
+    assert account.total_s == pytest.approx(time.time() - began_s, abs=1.0)
     assert all(0 < r["goodput"] < 1 for r in records if "loss" in r)

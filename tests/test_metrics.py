@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -191,21 +192,22 @@ def test_late_metrics_come_one_step_late_each_exactly_once():
         assert record["wait_s"] == record["step"] / 8
 
 
-def test_step_time_excludes_what_came_between_a_flush_and_the_next_step():
-    late, step_s = LateMetrics(), []
-    start_s = time.perf_counter()
+def test_step_time_excludes_what_came_between_a_flush_and_the_next_step(monkeypatch):
+    now_s, loss = 100.0, {"loss": jnp.ones(())}
+    monkeypatch.setattr(time, "perf_counter", lambda: now_s)
+    late, read = LateMetrics(), []
     for step in range(4):
         if step == 2:
-            step_s.append(late.flush())
-            time.sleep(0.5)  # an evaluation
-        began_at_s = time.perf_counter()
-        time.sleep(0.02)
-        step_s.append(late.push(step, {"loss": jnp.ones(())}, began_at_s=began_at_s))
-    step_s.append(late.flush())
-    step_s = [record["step_s"] for record in step_s if record]
+            read.append(late.flush())
+            now_s += 50  # an evaluation
+        began_at_s = now_s
+        now_s += 2
+        read.append(late.push(step, loss, began_at_s=began_at_s))
+    read.append(late.flush())
+    step_s = [record["step_s"] for record in read if record]
     assert len(step_s) == 4
-    assert all(0 <= s < 0.25 for s in step_s)
-    assert sum(step_s) <= time.perf_counter() - start_s - 0.5
+    assert sum(step_s) == 4 * 2
+    assert max(step_s) <= 2 * 2  # of two steps, the second is read when it is given
 
 
 def test_device_memory_is_the_largest_peak_or_none(monkeypatch):
@@ -223,7 +225,9 @@ def test_a_write_takes_less_than_a_millisecond(tmp_path):
     names = "loss grad_norm lr tokens_per_s mfu step_s data_wait_s"
     scalars = {name: 0.123456789 for name in names.split()}
     with writer(tmp_path, config=LoggingConfig()) as out:
-        start_s = time.perf_counter()
+        took_s = []
         for step in range(100):
+            start_s = time.perf_counter()
             out.write(step, scalars)
-        assert (time.perf_counter() - start_s) / 100 < 1e-3
+            took_s.append(time.perf_counter() - start_s)
+        assert statistics.median(took_s) < 1e-3

@@ -54,7 +54,7 @@ def test_whoever_is_killed_takes_the_other_along_at_once(pair, killed):
     until_it_trains(processes)
     processes.processes[killed].kill()
     other = 1 - killed
-    assert processes.processes[other].wait(10) == 75
+    assert processes.processes[other].wait(30) == 75
     *_, error, last = processes.said(other).splitlines()
     assert error.startswith(f"error: process {killed} (")
     assert error.endswith(f"{name(processes, killed)} died: its connection has ended.")

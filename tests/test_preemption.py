@@ -131,12 +131,29 @@ def test_a_process_that_is_asked_to_stop_saves_and_exits_with_75(
     assert "Traceback" not in said
 
 
+SIGNALLED = """
+import os, signal
+from jaxllm import startup
+
+called = startup.{0}
+
+def call(*arguments, **named):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return called(*arguments, **named)
+
+startup.{0} = call
+"""
+
+
 def test_a_signal_while_a_run_is_resumed_is_not_lost(training, folder):
     stop(training, signal.SIGTERM, "step 3/")
     saved = find_steps(folder / "run" / "checkpoints")[0][-1]
-    for moment in ("attention:", "resuming from", "compiled the step"):
+    config = (folder / "run.py").read_text()
+    # Before the run is claimed, before it is read, and when only steps are left.
+    for moment in ("check_loggers", "Positions", "Poll"):
+        (folder / "run.py").write_text(SIGNALLED.format(moment) + config)
         resumed = Training(folder)
-        stop(resumed, signal.SIGTERM, moment)
+        assert resumed.process.wait(LIMIT_S) == RESUMABLE, resumed.said.read_text()
         # What arrives before the first step stops the run before it.
         assert f"stopped at step {saved};" in resumed.said.read_text()
         assert find_steps(folder / "run" / "checkpoints")[0][-1] == saved

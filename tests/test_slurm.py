@@ -161,10 +161,27 @@ def test_a_process_that_cannot_use_its_gpus_is_refused(cluster, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+SLOW_FIRST_LIFE = """
+import os, time
+from jaxllm.run import Run
+
+update = Run.update
+
+def update_slowly(self, step, state):
+    time.sleep(0.3)  # or the job could be done before it is signalled
+    return update(self, step, state)
+
+if "SLURM_RESTART_COUNT" not in os.environ:
+    Run.update = update_slowly
+"""
+
+
 def test_a_job_on_two_nodes_that_gets_sigterm_goes_on_and_finishes(cluster, tmp_path):
     trouble.prepare(tmp_path, cluster, 40)
+    config = tmp_path / "config.py"
+    config.write_text(SLOW_FIRST_LIFE + config.read_text())
     job = trouble.Job(cluster, tmp_path, "term").submit()
-    job.reach(5)
+    job.reach(1)
     trouble.term(job)
     job.finish()
     said = job.output()
