@@ -102,6 +102,10 @@ class Run:
                 found.add((path.name, path.stat().st_ino))
         return found
 
+    def has_compiled(self) -> bool:
+        """Returns whether this life trains; what was logged after its save is gone."""
+        return "compiled the step" in self.log.read_text()
+
     def resumed_from(self) -> int | None:
         """Returns the step that this life began from, if it has come so far."""
         for line in self.log.read_text().splitlines():
@@ -126,7 +130,7 @@ def reach(
     if moment == "eval" and every:
         # The last thing written before an evaluation is the loss of the step before.
         due = (max(before, run.newest_save()) // every + 1) * every - 1
-        return lambda: run.last_step() >= due
+        return lambda: run.has_compiled() and run.last_step() >= due
     target = before + rng.randint(1, max(1, config.steps // (events + 1)))
     return lambda: run.last_step() >= target
 

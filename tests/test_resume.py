@@ -143,7 +143,7 @@ def test_a_run_of_eight_devices_goes_on_with_one(
 
 def test_a_killed_run_ends_like_an_undisturbed_one(tiny, tmp_path):
     """Runs scripts/chaos.py, which says what it compares."""
-    config = tiny({"steps": 24, "eval.every": 8, "checkpoint.every": 6})
+    config = tiny({"steps": 60, "eval.every": 20, "checkpoint.every": 15})
     (tmp_path / "config.py").write_text(
         "from jaxllm.configfile import config_from_dict\n"
         f"def get_config():\n    return config_from_dict({config_to_dict(config)!r})\n"
