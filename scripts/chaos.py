@@ -17,6 +17,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -167,7 +168,10 @@ class Chaos:
             for process in processes:
                 process.kill()
                 process.wait()
-            return [f"event {number} came too late, after {done}: give more steps"]
+            if flags.FINISHED in done:
+                return [f"event {number} came too late: give more steps"]
+            said = re.findall("^error: .*", run.log.read_text(), re.M)
+            return [f"event {number} came after {done}: {' '.join(said)}"]
         is_training = run.log.stat().st_size > 0  # far enough to catch signals
         began_at_s = time.monotonic()
         processes[victim].send_signal(kind)

@@ -56,6 +56,9 @@ ELSEWHERE = {  # beginning of a command: why it does not run here
     "export SRUN": "needs a cluster with containers",
     "scripts/slurm/install.sh": "installs; .ci/run does",
     "python scripts/slurm": "tests/test_slurm.py uses them, where there is a SLURM",
+    "JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=1 python scripts/chaos.py": (
+        "takes an hour; tests/test_resume.py runs it for less"
+    ),
     ".venv/bin/pre-commit install": "would change the git hooks",
 }
 RUNS_HERE = (
