@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which implementation of an operation runs: the one rule for all operations."""
 
+import types
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
@@ -22,6 +23,7 @@ def choose(
     operation: str,
     asked: Implementation,
     refusals: Mapping[str, list[str]],
+    slower: Mapping[str, str] = types.MappingProxyType({}),
 ) -> Choice:
     """Returns the implementation asked for, or the best that honours everything.
 
@@ -29,6 +31,7 @@ def choose(
       operation: its name, for the error.
       asked: "auto", or the only one to be taken.
       refusals: for each implementation there is, what it cannot honour of this call.
+      slower: why "auto" leaves out one that can, because plain JAX was faster.
 
     Raises:
       ValueError: there is no such implementation of this operation.
@@ -38,11 +41,13 @@ def choose(
     refusals = {**refusals, "xla": []}
     able = [name for name in PREFERENCE if name in refusals and not refusals[name]]
     if asked == "auto":
-        better = PREFERENCE[: PREFERENCE.index(able[0])]
+        best = next(name for name in able if name not in slower)
         passed = [
-            f"{n}: no {', no '.join(refusals[n])}" for n in better if n in refusals
+            f"{n}: no {', no '.join(refusals[n])}" if refusals[n] else slower[n]
+            for n in PREFERENCE[: PREFERENCE.index(best)]
+            if n in refusals
         ]
-        return Choice(able[0], "; ".join(passed) or "honours all that was asked")
+        return Choice(best, "; ".join(passed) or "honours all that was asked")
     if asked not in refusals:
         raise ValueError(
             f"{operation} got implementation={asked!r}; it has "
