@@ -26,7 +26,7 @@ def cases() -> list[Case]:
     """Returns losses with their gradients, and what is between the matmuls of these."""
     return [
         _loss("llama3-8k", 8192, 4096, 128256, "DV"),
-        _loss("llama3-8k-chunk4096", 8192, 4096, 128256, "DV", chunk_tokens=4096),
+        _loss("llama3-8k-chunk1024", 8192, 4096, 128256, "DV", chunk_tokens=1024),
         _loss("gpt2-16k", 16384, 2048, 50304, "VD"),
         _loss("gemma2-8k", 8192, 2304, 256000, "VD", softcap=30.0, z_loss=1e-4),
         _between(EXPONENTIALS, 512, 128256),
