@@ -3,6 +3,7 @@
 
 import contextlib
 import math
+import os
 import socket
 import subprocess
 import sys
@@ -168,12 +169,16 @@ class FakePeers(Peers):
         return iter(())
 
 
+def say(text: str):
+    os.write(2, text.encode())
+
+
 def end(status: int):
     raise Ended(status)
 
 
 def watch(me: Identity, others: list[Identity], limits=None) -> Watchdog:
-    return Watchdog(limits, 20.0, peers=FakePeers(me, others), end=end)
+    return Watchdog(limits, 20.0, peers=FakePeers(me, others), say=say, end=end)
 
 
 def said_by(watchdog: Watchdog) -> list[dict]:
@@ -197,7 +202,7 @@ def wait(watchdog: Watchdog, seconds: float, *signs: Sign) -> int | None:
 def test_a_lone_process_ends_soon_after_its_limit_with_its_stacks(
     limits, phases, tmp_path, capfd
 ):
-    watchdog = Watchdog(limits, 20.0, end=end)
+    watchdog = Watchdog(limits, 20.0, say=say, end=end)
     watchdog.workdir = tmp_path
     phases.step = 3
     with phases("data_wait"):
@@ -212,14 +217,14 @@ def test_a_lone_process_ends_soon_after_its_limit_with_its_stacks(
 
 
 def test_progress_begins_the_time_again(limits, phases):
-    watchdog = Watchdog(limits, 20.0, end=end)
+    watchdog = Watchdog(limits, 20.0, say=say, end=end)
     for _ in phases.each(range(5)):
         phases.begin("eval")
         assert wait(watchdog, PATIENCE * FLOOR_S - 1) is None
 
 
 def test_time_in_which_the_process_was_stopped_does_not_count(limits, phases):
-    watchdog = Watchdog(limits, 20.0, end=end)
+    watchdog = Watchdog(limits, 20.0, say=say, end=end)
     with phases("step"):
         for _ in range(3):
             watchdog.advance(1000.0)
@@ -370,3 +375,19 @@ ctypes.CDLL(None).abort()  # as C++ does it, without the interpreter's lock
 def test_an_abort_leaves_the_time_to_end_in_another_way():
     ended = subprocess.run([sys.executable, "-c", ABORTS], check=False)
     assert ended.returncode == 75
+
+
+SAYS_LAST = """
+import os
+from jaxllm.resilience.aborts import say_last
+os.write(2, b"before\\n")
+say_last("error: why\\n")
+os.write(2, b"after\\n")  # as C++ does it
+"""
+
+
+def test_nobody_writes_after_the_last_words():
+    ended = subprocess.run(
+        [sys.executable, "-c", SAYS_LAST], check=True, stderr=subprocess.PIPE
+    )
+    assert ended.stderr == b"before\nerror: why\n"

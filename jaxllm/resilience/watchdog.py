@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jaxllm.errors import FAILED, RESUMABLE
+from jaxllm.resilience.aborts import say_last
 from jaxllm.resilience.limits import Doing, Limits
 from jaxllm.resilience.peers import Identity, Message, Peers, identity
 from jaxllm.resilience.verdict import Sign, Verdict, judge
@@ -39,6 +40,7 @@ class Watchdog:
       limits: of the phases of this process; None where it has none.
       silence_s: without a sign of life, until another process counts as dead.
       peers: the other processes, if there are any.
+      say: writes the last words of this process.
       end: ends this process with a status.
 
     Attributes:
@@ -51,12 +53,14 @@ class Watchdog:
         silence_s: float,
         *,
         peers: Peers | None = None,
+        say: Callable[[str], Any] = say_last,
         end: Callable[[int], Any] = os._exit,
     ):
         self.workdir: Path | None = None
         self._limits = limits
         self._silence_s = silence_s
         self._beat_s = silence_s / BEATS
+        self._say = say
         self._end = end
         self._peers = peers or Peers(identity(0), {})
         self._is_lead = self._peers.me.process == 0
@@ -94,7 +98,7 @@ class Watchdog:
                     self.take(peer, message)
                 self.advance(time.monotonic() - began_s)
         except Exception:  # nobody else would see it
-            _say(traceback.format_exc())
+            self._say(traceback.format_exc())
             self._end(FAILED)
 
     def take(self, peer: Identity, message: Message | None) -> None:
@@ -208,7 +212,7 @@ class Watchdog:
         lines = [f"error: {verdict.reason}", *written]
         if verdict.status == RESUMABLE:
             lines.append(_GOES_ON)
-        _within(1.0, _say, "\n".join(lines) + "\n")
+        _within(1.0, self._say, "\n".join(lines) + "\n")
 
 
 def _left(who: Identity, status: int, why: str) -> Verdict:
@@ -250,7 +254,3 @@ def _write_stacks(
         print(reason, file=file, flush=True)
         faulthandler.dump_traceback(file)
     written.append(f"What each thread of this process was doing: {path}")
-
-
-def _say(text: str) -> None:
-    os.write(2, text.encode())  # no lock, which a stuck thread may hold
