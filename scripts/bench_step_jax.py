@@ -99,10 +99,8 @@ def main(arguments: list[str]) -> None:
     (text,) = arguments
     job = json.loads(text)
     config = make_config(job)
-    if job["predict"]:
-        mesh = offline.described_mesh((1, 1, 1), ("data", "fsdp", "tensor"))
-    else:
-        mesh = sharding.make_mesh(config.mesh.sizes)
+    devices = offline.described_devices(1) if job["predict"] else None
+    mesh = sharding.make_mesh(config.mesh.sizes, devices)
     setup = prepare(config, mesh)
     began = time.perf_counter()
     compiled = compile_step(setup)

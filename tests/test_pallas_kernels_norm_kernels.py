@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The norms' kernels, interpreted, with race detection, against float64."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -13,7 +14,8 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 import pallas_kernels
 from pallas_kernels import mosaic
-from pallas_kernels.norm.tiles import choose_tile
+from pallas_kernels.norm import op as norm_op
+from pallas_kernels.norm.tiles import choose_tile, share
 from pallas_kernels.target import INTERPRETED
 
 EPS = 1e-5
@@ -105,6 +107,15 @@ def check(kind, shape, dtype, *, residual, offset=0.0, size=1.0, scale_dtype="fl
 )
 def test_kernels_are_as_exact_as_plain_jax(kind, shape, dtype, residual):
     check(kind, shape, dtype, residual=residual)
+
+
+@pytest.mark.parametrize("kind, parts", [("rms", 2), ("layer", 8)])
+def test_shared_rows_that_go_past_shared_memory(kind, parts, monkeypatch):
+    cut = share(4096, parts, widest=8, most=8)
+    assert cut is not None
+    tile = dataclasses.replace(cut, staged=False, slots=1, blocks_per_core=1)
+    monkeypatch.setattr(norm_op, "choose_tile", lambda *_: tile)
+    check(kind, (5, 4096), "bfloat16", residual=True)
 
 
 @settings(max_examples=8, deadline=None, derandomize=True)

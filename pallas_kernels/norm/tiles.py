@@ -18,7 +18,7 @@ class Tile:
     """The cut of a norm over rows of one width.
 
     Rows are narrow: several to a warpgroup, and no sum leaves its warp. Or wide: one to
-    a warpgroup. Or shared by two or four warpgroups, in quarters: one quarter of the
+    a warpgroup. Or shared by several warpgroups, in quarters: one quarter of the
     part of a warpgroup to each of its warps. Either way a thread handles up to about 32
     columns, so that the gradient of the scale stays in its registers from row to row.
     """
@@ -121,26 +121,37 @@ def _narrow(width: int, itemsize: int, widest: int) -> Tile | None:
 def _shared(width: int) -> Tile | None:
     """Cuts a row among two or four warpgroups, if it is too wide for one."""
     for parts, most in ((2, 16), (4, 8)):  # elements of a piece that registers allow
-        quarter = width // parts // QUARTERS
-        vector = next((v for v in (4, 2, 1) if quarter % (32 * v) == 0), 1)
-        if (
-            width % (32 * parts * QUARTERS) == 0
-            and 16 * WARPGROUP * parts < width <= 48 * WARPGROUP * parts
-        ):
-            counts = range(vector, most + 1, vector)
-            count = max(n for n in counts if quarter % (32 * n) == 0)
-            return Tile(
-                lanes=32,
-                vector=vector,
-                parts=parts,
-                rows=1,
-                piece=32 * count,
-                num_pieces=quarter // 32 // count,
-                staged=True,
-                slots=6,
-                blocks_per_core=0,
-            )
+        if 16 * WARPGROUP * parts < width <= 48 * WARPGROUP * parts:
+            tile = share(width, parts, widest=4, most=most)
+            if tile is not None:
+                return tile
     return None
+
+
+def share(width: int, parts: int, *, widest: int, most: int) -> Tile | None:
+    """Cuts a row among warpgroups, or returns None if they cannot have equal parts.
+
+    Args:
+      widest: neighbouring elements of a thread, at most; a power of 2.
+      most: elements of a thread in a piece, at most.
+    """
+    quarter, rest = divmod(width, parts * QUARTERS)
+    if rest or quarter % 32:
+        return None
+    vector = math.gcd(quarter // 32, widest)
+    counts = range(vector, most + 1, vector)
+    count = max(n for n in counts if quarter % (32 * n) == 0)
+    return Tile(
+        lanes=32,
+        vector=vector,
+        parts=parts,
+        rows=1,
+        piece=32 * count,
+        num_pieces=quarter // 32 // count,
+        staged=True,
+        slots=6,
+        blocks_per_core=0,
+    )
 
 
 def _wide(width: int, itemsize: int) -> Tile | None:
