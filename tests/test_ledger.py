@@ -15,11 +15,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxllm.checkpoint import Checkpoints
+from jaxllm.config import CheckpointConfig
 from jaxllm.configfile import config_to_dict
 from jaxllm.jsonlines import read_jsonlines
 from jaxllm.resilience.ledger import FILE, KINDS, Account, Ledger, read_ledger
 from jaxllm.resilience.phases import Phases, process_age_s
 from jaxllm.train import train
+from jaxllm.workdir import CHECKPOINTS
 
 
 class Clock:
@@ -220,8 +223,10 @@ def test_killed_and_resumed_a_run_accounts_for_the_time_on_the_wall(tiny, tmp_pa
             text=True,
         )
 
+    saved = Checkpoints(workdir / CHECKPOINTS, CheckpointConfig())
     with start() as first:
         wait_for(lambda: any(80 < step for step in ledger_steps(workdir)), first)
+        wait_for(lambda: bool(saved.steps()), first)  # a slow disk may not have it yet
         first.send_signal(signal.SIGKILL)
         killed_s = time.time()
     reached = max(ledger_steps(workdir))
