@@ -18,6 +18,7 @@ from jaxllm.distributed import Poll, is_lead
 from jaxllm.evaluate import evaluate, held_out
 from jaxllm.metrics import LateMetrics, MetricsWriter, device_memory_bytes
 from jaxllm.positions import Position, Positions
+from jaxllm.profile import Profiler
 from jaxllm.resilience.anomalies import Anomalies, Rewind
 from jaxllm.resilience.ledger import Ledger
 from jaxllm.resilience.phases import Phases
@@ -52,6 +53,7 @@ class Run:
     stragglers: Stragglers
     phases: Phases
     ledger: Ledger
+    profiler: Profiler
     first_step: int
     state: TrainState
 
@@ -72,6 +74,7 @@ class Run:
 
     def update(self, step: int, state: TrainState) -> tuple[TrainState, Any]:
         """Takes the batch of a step and starts its update; the old state is gone."""
+        self.profiler.before(step, state)
         self.phases.step = step + 1
         with self.phases("data_wait"):
             self._began_at_s = time.perf_counter()
@@ -81,6 +84,7 @@ class Run:
         with self.phases("step"), jax.transfer_guard("disallow"):
             state, metrics = self.step(state, batch, *self._bounds(step))
         self._newest = (step + 1, state)
+        self.profiler.after(step, state)
         return state, metrics
 
     def log(self, step: int, metrics: Any) -> Iterator[Record]:
@@ -153,6 +157,7 @@ class Run:
 
     def close(self):
         """Stops the thread that makes batches, and closes the files of metrics."""
+        self.profiler.close()
         self.batches.close()
         self.writer.close()
 

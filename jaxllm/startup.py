@@ -25,6 +25,7 @@ from jaxllm.evaluate import held_out
 from jaxllm.kernels import check_kernels
 from jaxllm.metrics import MetricsWriter, check_loggers
 from jaxllm.positions import Positions
+from jaxllm.profile import FOLDER, SKIPPED, Profiler
 from jaxllm.report import choices, cost_report
 from jaxllm.resilience.anomalies import Anomalies
 from jaxllm.resilience.ledger import Ledger
@@ -48,7 +49,12 @@ _log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def open_run(
-    config: Config, workdir: Path, phases: Phases, *, overwrite: bool
+    config: Config,
+    workdir: Path,
+    phases: Phases,
+    *,
+    overwrite: bool,
+    profile_steps: int = 0,
 ) -> Iterator[Run | None]:
     """Opens everything that a run needs; yields None if it has finished already.
 
@@ -65,9 +71,7 @@ def open_run(
     splits = _open_data(setup)
     data = data_fingerprint(config.data, splits)
     with contextlib.ExitStack() as stack:
-        on_lead(
-            lambda: stack.enter_context(claim(workdir, config, overwrite=overwrite))
-        )
+        _claim(workdir, config, stack, overwrite=overwrite)
         ledger = stack.enter_context(Ledger(workdir if is_lead() else None, phases))
         checkpoints = Checkpoints(workdir / CHECKPOINTS, config.checkpoint)
         stack.enter_context(checkpoints)
@@ -108,6 +112,7 @@ def open_run(
             stragglers=stack.enter_context(Stragglers(setup.mesh)),
             phases=phases,
             ledger=ledger,
+            profiler=_profiler(workdir, step, phases, position.step, profile_steps),
             first_step=position.step,
             state=position.state,
         )
@@ -118,6 +123,19 @@ def open_run(
         except (GeneratorExit, KeyboardInterrupt):
             run.save_newest()
             raise
+
+
+def _claim(
+    workdir: Path, config: Config, stack: contextlib.ExitStack, *, overwrite: bool
+):
+    on_lead(lambda: stack.enter_context(claim(workdir, config, overwrite=overwrite)))
+
+
+def _profiler(
+    workdir: Path, step: Compiled, phases: Phases, first_step: int, number: int
+) -> Profiler:
+    folder = workdir / FOLDER if is_lead() else None
+    return Profiler(folder, step, phases, first=first_step + SKIPPED, number=number)
 
 
 def _describe_run(workdir: Path, config: Config):

@@ -139,9 +139,10 @@ def compile_step(setup: Setup) -> jax.stages.Compiled:
 
     def train_step(state: TrainState, batch: Batch, bounds: jax.Array | None = None):
         grads, means = gradients(setup, state.params, batch)
-        leaf_norms = jnp.stack([jnp.linalg.norm(g) for g in jax.tree.leaves(grads)])
-        updates, opt_state = update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            leaf_norms = jnp.stack([jnp.linalg.norm(g) for g in jax.tree.leaves(grads)])
+            updates, opt_state = update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         metrics = {
             **means,
             "grad_norm": jnp.linalg.norm(leaf_norms * jnp.array(trained, jnp.float32)),

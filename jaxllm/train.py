@@ -39,6 +39,7 @@ def train(
     workdir: str | os.PathLike,
     *,
     overwrite: bool = False,
+    profile_steps: int = 0,
     should_stop: Callable[[], bool] = lambda: False,
     phases: Phases | None = None,
 ) -> Generator[Record, None, None]:
@@ -50,6 +51,7 @@ def train(
       config: all settings.
       workdir: the run's own directory.
       overwrite: delete the run in it first.
+      profile_steps: how many steps to take apart; see `jaxllm.profile`.
       should_stop: asked before every step.
       phases: of this process, which may be older than the run; None begins them now.
 
@@ -62,7 +64,8 @@ def train(
       FloatingPointError: a loss, gradient or update is not finite; none of it is saved.
     """
     phases = phases or Phases()
-    with open_run(config, Path(workdir), phases, overwrite=overwrite) as run:
+    options: dict[str, Any] = dict(overwrite=overwrite, profile_steps=profile_steps)
+    with open_run(config, Path(workdir), phases, **options) as run:
         while run is not None:
             try:
                 yield from _to_the_end(run, config, should_stop)
@@ -123,6 +126,7 @@ def main(argv: list[str]) -> int:
             config,
             workdir,
             overwrite=values.overwrite,
+            profile_steps=values.profile,
             should_stop=should_stop,
             phases=phases,
         )
@@ -146,4 +150,7 @@ if __name__ == "__main__":
     flags.define_config_flags()
     absl_flags.DEFINE_bool("dry_run", False, "print the plan of the run, and stop")
     absl_flags.DEFINE_bool("overwrite", False, "delete the run in --workdir first")
+    absl_flags.DEFINE_integer(
+        "profile", 0, "steps to take apart, after ten others", lower_bound=0
+    )
     flags.run(main)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jaxllm.config import Config, InputError
+from jaxllm.profile import FOLDER
 from jaxllm.resilience.watchdog import STALLS
 from jaxllm.savedconfig import compare_configs, read_values
 
@@ -21,6 +22,7 @@ _OWN = (
     "metrics.jsonl",
     "ledger.jsonl",
     STALLS,
+    FOLDER,
     CHECKPOINTS,
     "tensorboard",
     "wandb_id.txt",

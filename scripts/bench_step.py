@@ -10,9 +10,10 @@ computed again. Tokens are random, on the device. Arms are processes one after t
 other, in two rounds of opposite order, because they do not fit into memory together;
 the second round finds its programs in the compilation cache. Written after each arm:
 tokens/s, MFU of the data sheet's 989 TFLOP/s, the largest memory in use beside what XLA
-predicted, and losses, which must agree but for torch's, whose first parameters and
-tokens are others. The first arm also leaves what XLA knows of the device
-(target_config.pbtxt) and its autotuning results (autotune_results.pbtxt).
+predicted, losses, which must agree but for torch's, whose first parameters and tokens
+are others, and where the time of two more steps went. The first arm also leaves what
+XLA knows of the device (target_config.pbtxt) and its autotuning results
+(autotune_results.pbtxt).
 
 --predict compiles for an H200 that is not there, for the memory only; it needs
 `make .venv/cuda`. --tiny runs all of this on any machine, in seconds, for a test.
@@ -70,6 +71,7 @@ class Job:
     batch: int  # rows a step
     tiny: bool
     predict: bool
+    profile: bool  # afterwards, where its time goes
     steps: int  # a reading of the clock
     readings: int
     preset: str  # of jaxllm.presets
@@ -91,7 +93,8 @@ def run_arms(asked: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         if left < 20:
             found.append({"arm": name, "failed": "no time left"})
         elif not _hopeless(name, found):
-            found.append(_run_arm(name, asked, folder, timeout_s=left))
+            first = all(row["arm"] != name for row in found)
+            found.append(_run_arm(name, asked, folder, left, profile=first))
         print(_line(found[-1]), flush=True)
         _write(found, asked.output / asked.stem)
     return found
@@ -103,7 +106,12 @@ def _hopeless(name: str, found: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _run_arm(
-    name: str, asked: argparse.Namespace, folder: Path, timeout_s: float
+    name: str,
+    asked: argparse.Namespace,
+    folder: Path,
+    timeout_s: float,
+    *,
+    profile: bool,
 ) -> dict[str, Any]:
     preset = "tiny_1m" if asked.tiny else "llama_1b"
     job = Job(
@@ -112,6 +120,7 @@ def _run_arm(
         batch=asked.batch,
         tiny=asked.tiny,
         predict=asked.predict,
+        profile=profile,
         steps=2 if asked.tiny else 5,
         readings=2 if asked.tiny else 5,
         preset=preset,
@@ -166,6 +175,8 @@ def _environment(folder: Path, asked: argparse.Namespace, first: bool):
         # XLA writes the device's description and what it autotuned beside its dumps.
         (folder / "dump").mkdir()
         flags = f"--xla_dump_to={folder / 'dump'} --xla_dump_hlo_module_re=.*train_step"
+        results = folder / "dump" / "autotune_results.pbtxt"
+        flags += f" --xla_gpu_dump_autotune_results_to={results}"
         environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
     return environment
 
@@ -233,13 +244,17 @@ def format_rows(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _write(found: Sequence[Mapping[str, Any]], stem: Path) -> None:
+    # Of the text of tables there is one an arm, and none in JSON.
     rows = summarize(found)
+    tables = [row.pop("profile", None) for row in rows]
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     about = {"date": date, "command": " ".join(["python", *sys.argv])}
     stem.with_suffix(".json").write_text(json.dumps({**about, "arms": rows}, indent=1))
     text = "\n".join(f"- {name}: {value}" for name, value in about.items())
     device = next((row["device"] for row in rows if "device" in row), "no device")
-    stem.with_suffix(".md").write_text(f"# {device}\n\n{text}\n\n{format_rows(rows)}")
+    parts = [f"# {device}", text, format_rows(rows)]
+    parts += [f"```text\n{table}\n```\n" for table in tables if table]
+    stem.with_suffix(".md").write_text("\n\n".join(parts))
 
 
 def _line(row: Mapping[str, Any]) -> str:

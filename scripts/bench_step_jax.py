@@ -7,7 +7,9 @@ python scripts/bench_step_jax.py JOB
 import dataclasses
 import json
 import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,10 +20,12 @@ from jaxllm import presets
 from jaxllm.budget import flops_per_token, peak_flops
 from jaxllm.config import Config, DataConfig, MeshConfig, OptimizerConfig
 from jaxllm.configfile import override
+from jaxllm.profile import explain, trace
 from jaxllm.step import Setup, compile_step, init_state, prepare
 from pallas_kernels import offline
 
 WARMUP_STEPS = 3
+TRACED_STEPS = 2
 PEAK_OF = "NVIDIA H200"  # what MFU is of, also where a tiny run is on a CPU
 
 
@@ -87,12 +91,24 @@ def measure(setup: Setup, compiled: Any, job: dict[str, Any]) -> dict[str, Any]:
         jax.block_until_ready((state, metrics))
         seconds.append((time.perf_counter() - began) / job["steps"])
         losses.append(float(metrics["loss"]))
+    profile = _profile(compiled, state, batch, job["arm"]) if job["profile"] else None
     stats = jax.local_devices()[0].memory_stats() or {}
     return {
         "step_s": seconds,
         "losses": [losses[0], losses[-1]],
+        "profile": profile,
         "peak_bytes": stats.get("peak_bytes_in_use"),
     }
+
+
+def _profile(compiled: Any, state: Any, batch: Any, arm: str) -> str:
+    """Returns where the time of two more steps went."""
+    with tempfile.TemporaryDirectory() as folder:
+        with trace(Path(folder)):
+            for _ in range(TRACED_STEPS):
+                state, _ = compiled(state, batch)
+            jax.block_until_ready(state)
+        return explain(Path(folder), compiled, TRACED_STEPS, arm)
 
 
 def main(arguments: list[str]) -> None:

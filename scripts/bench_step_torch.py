@@ -15,6 +15,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -137,6 +138,16 @@ def flops_a_token(model: dict[str, Any], length: int) -> float:
     return 6.0 * matmuls + model["num_layers"] * pairs
 
 
+def profile(run: Callable[[], Any]) -> str:
+    """Returns the kernels of two more steps that take the most time."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as p:
+        for _ in range(2):
+            run()
+        torch.cuda.synchronize()
+    options = dict(sort_by="self_cuda_time_total", row_limit=25)
+    return p.key_averages().table(**options, max_name_column_width=60)
+
+
 def main(arguments: list[str]) -> None:
     job = json.loads(arguments[0])
     model, on_gpu = job["model"], torch.cuda.is_available()
@@ -173,6 +184,8 @@ def main(arguments: list[str]) -> None:
         "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
     }
     assert math.isfinite(losses[-1])
+    if job["profile"] and on_gpu:
+        found["profile"] = profile(lambda: step(tokens, targets))
     print(json.dumps(found))
 
 

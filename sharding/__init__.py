@@ -19,8 +19,10 @@ from sharding.arrays import (
 from sharding.collectives import Collective, bill, read_collectives
 from sharding.errors import ShardingError
 from sharding.mesh import AXES, abstract_mesh, make_mesh, resolve_sizes
+from sharding.operations import Operation, read_operations
 from sharding.placement import Placement
 from sharding.plan import Plan, Row, plan
+from sharding.report import format_table
 from sharding.rules import COMPUTE, RESIDUAL, STORAGE, named_sharding, spec
 from sharding.zigzag import check_length, to_zigzag
 
@@ -31,6 +33,7 @@ __all__ = [
     "RESIDUAL",
     "STORAGE",
     "Collective",
+    "Operation",
     "Placement",
     "Plan",
     "Row",
@@ -44,6 +47,7 @@ __all__ = [
     "check_length",
     "constrain",
     "einsum",
+    "format_table",
     "gather",
     "local",
     "make_mesh",
@@ -53,6 +57,7 @@ __all__ = [
     "placed",
     "plan",
     "read_collectives",
+    "read_operations",
     "reduce_to_storage",
     "resolve_sizes",
     "spec",

@@ -4,11 +4,14 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from pallas_kernels import offline
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_step.py"
 
@@ -36,7 +39,23 @@ def test_a_tiny_run_writes_a_table_of_its_arms(tmp_path):
     (arm,) = json.loads((tmp_path / "step.json").read_text())["arms"]
     assert arm["tokens_per_s"] > 0 and arm["predicted_bytes"] > 0
     assert arm["losses"][1] < arm["losses"][0]
-    assert "| xla |" in (tmp_path / "step.md").read_text()
+    text = (tmp_path / "step.md").read_text()
+    assert "| xla |" in text
+    assert re.search(r"^mlp +backward +\d", text, re.M)
+
+
+@pytest.mark.skipif(offline.toolchain() is None, reason="needs `make .venv/cuda`")
+def test_memory_is_predicted_without_a_gpu(tmp_path):
+    options = ["--tiny", "--predict", "--arms=xla", f"--output={tmp_path}"]
+    ended = subprocess.run(
+        [sys.executable, str(SCRIPT), *options],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])},
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    (arm,) = json.loads((tmp_path / "step.json").read_text())["arms"]
+    assert arm["device"] == "NVIDIA H200" and arm["predicted_bytes"] > 0
 
 
 def row(arm: str, *step_s: float, **more):
