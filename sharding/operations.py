@@ -27,42 +27,39 @@ class Operation:
 def read_operations(text: str) -> dict[str, Operation]:
     """Returns the instructions of an optimized HLO module, by their names."""
     module = Module(text)
-    return {
-        instruction.name: Operation(
-            name=instruction.name,
-            kind=_kind(module, instruction),
-            op_name=instruction.op_name or _inner_name(module, instruction),
-            source=module.source(instruction),
-        )
-        for instruction in module.instructions
-    }
+    return {i.name: _describe(module, i) for i in module.instructions}
 
 
-def _kind(module: Module, instruction: Instruction) -> Kind:
+def _describe(module: Module, instruction: Instruction) -> Operation:
+    """Returns what an instruction does: as what takes the most time in it says."""
+    kind, inner = _work(module, instruction)
+    named = next((i for i in (inner, instruction) if i.op_name), None)
+    return Operation(
+        name=instruction.name,
+        kind=kind,
+        op_name=named.op_name if named else "",
+        source=module.source(inner) or module.source(instruction),
+    )
+
+
+def _work(module: Module, instruction: Instruction) -> tuple[Kind, Instruction]:
+    """Returns what kind an instruction is, and which one in it that is because of."""
     opcode = re.sub("-(start|done|update)$", "", instruction.opcode)
     if opcode in KINDS:
-        return "communication"
+        return "communication", instruction
     if opcode in _CONTROL:
-        return "control"
+        return "control", instruction
     if opcode in ("dot", "convolution") or re.search(_MATMUL, instruction.rest):
-        return "matmul"
+        return "matmul", instruction
     if opcode == "custom-call" and re.search(_KERNEL, instruction.rest):
-        return "kernel"
-    kinds = {_kind(module, inner) for inner in _inside(module, instruction)}
-    for kind in ("communication", "matmul", "kernel"):
-        if kind in kinds:
-            return kind
-    return "other"
-
-
-def _inner_name(module: Module, instruction: Instruction) -> str:
-    """Returns the name of the last instruction inside that has one."""
-    inner = _inside(module, instruction)
-    names = [i.op_name or _inner_name(module, i) for i in inner]
-    return next((name for name in reversed(names) if name), "")
-
-
-def _inside(module: Module, instruction: Instruction) -> list[Instruction]:
-    """Returns the instructions of the computation that a fusion or the like calls."""
+        return "kernel", instruction
     called = re.search(r"\bcalls=%?([\w.-]+)", instruction.rest)
-    return module.by_computation.get(called[1], []) if called else []
+    inside = module.by_computation.get(called[1], []) if called else []
+    works = [_work(module, inner) for inner in inside]
+    for kind in ("communication", "matmul", "kernel"):
+        if found := [inner for each, inner in works if each == kind]:
+            return kind, found[0]
+    if instruction.op_name:
+        return "other", instruction
+    named = [inner for _, inner in works if inner.op_name]
+    return "other", named[-1] if named else instruction

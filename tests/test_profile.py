@@ -38,10 +38,19 @@ transpose(jvp())/checkpoint/rematted_computation/attention/add"}
   ROOT %loop_add_fusion.1 = bf16[8,8]{1,0} fusion(%p.3), kind=kLoop, calls=%loop
 }
 
+%kernel (p.5: bf16[8,8]) -> bf16[8,8] {
+  %p.5 = bf16[8,8]{1,0} parameter(0)
+  ROOT %mpmd_map.6 = bf16[8,8]{1,0} custom-call(%p.5), \
+custom_call_target="mosaic_gpu_v2", \
+metadata={op_name="jit(train_step)/jvp()/attention/attention_forward/mpmd"}
+}
+
 ENTRY %main (p.4: bf16[8,8]) -> bf16[8,8] {
   %p.4 = bf16[8,8]{1,0} parameter(0)
   %gemm_fusion_dot.7 = bf16[8,8]{1,0} fusion(%p.4), kind=kCustom, calls=%gemm
   %fusion-start.2 = ((bf16[8,8]{1,0}), bf16[8,8]{1,0}) fusion-start(%p.4), calls=%async
+  %stacked = bf16[8,8]{1,0} fusion(%p.4), kind=kCustom, calls=%kernel, \
+metadata={op_name="jit(train_step)/jvp()/while/body/dynamic_update_slice"}
   %mpmd_map.5 = bf16[8,8]{1,0} custom-call(%p.4), custom_call_target="mosaic_gpu_v2", \
 metadata={op_name="jit(train_step)/transpose(jvp())/attention/attention_backward/mpmd"}
   %all-gather-start.1 = (bf16[4,8]{1,0}, bf16[8,8]{1,0}) all-gather-start(%p.4), \
@@ -66,6 +75,7 @@ def line_of(table: str, *words: str) -> list[str]:
         ("gemm_fusion_dot.7", "matmul"),
         ("fusion-start.2", "other"),
         ("mpmd_map.5", "kernel"),
+        ("stacked", "kernel"),
         ("all-gather-start.1", "communication"),
         ("add.9", "other"),
     ],
@@ -74,8 +84,9 @@ def test_an_operation_is_of_the_kind_of_what_it_fuses(name, kind):
     assert OPERATIONS[name].kind == kind
 
 
-def test_a_fusion_without_a_name_has_that_of_what_is_in_it():
+def test_a_fusion_is_named_for_what_takes_time_in_it():
     assert OPERATIONS["fusion-start.2"].op_name.endswith("attention/add")
+    assert OPERATIONS["stacked"].op_name.endswith("attention_forward/mpmd")
 
 
 def test_communication_has_only_what_nothing_hides():
