@@ -13,7 +13,8 @@
 #   scripts/gpu_suite.sh kernels     (9)   every case beside every peer, with ceilings; a
 #                                          cheap case of each kind first
 #   scripts/gpu_suite.sh step        (9)   whole steps, each kernel on and off, torch;
-#                                          device description, autotuning, memory
+#                                          where their time goes; device description,
+#                                          autotuning, memory
 #   scripts/gpu_suite.sh tune        (9)   other tiles, the table of tiles; OPERATIONS
 #                                          and PART name some: OPERATIONS=attention first
 #   scripts/gpu_suite.sh tests       (8)   pytest -m gpu; TESTS selects, as pytest -k
