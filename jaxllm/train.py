@@ -146,11 +146,16 @@ def main(argv: list[str]) -> int:
     return flags.FINISHED
 
 
-if __name__ == "__main__":
+def define_flags() -> None:
+    """Declares what the command takes; `main` reads it."""
     flags.define_config_flags()
     absl_flags.DEFINE_bool("dry_run", False, "print the plan of the run, and stop")
     absl_flags.DEFINE_bool("overwrite", False, "delete the run in --workdir first")
     absl_flags.DEFINE_integer(
         "profile", 0, "steps to take apart, after ten others", lower_bound=0
     )
+
+
+if __name__ == "__main__":
+    define_flags()
     flags.run(main)

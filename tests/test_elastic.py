@@ -58,9 +58,7 @@ startup.load_batches = lambda *given, start, **named: Recorded(
     load_batches(*given, start=start, **named), start
 )
 sys.argv[0] = train.__file__
-flags.define_config_flags()
-train.absl_flags.DEFINE_bool("dry_run", False, "")
-train.absl_flags.DEFINE_bool("overwrite", False, "")
+train.define_flags()
 flags.run(train.main)
 """
 
