@@ -119,5 +119,6 @@ def _start(folder: Path) -> None:
 def _warning() -> Iterator[None]:
     try:
         yield
-    except (RuntimeError, OSError) as error:
-        _log.warning("The steps could not be profiled: %s", error)
+    except Exception as error:  # of the profiler, the disk, or a text we cannot read
+        name = type(error).__name__
+        _log.warning("The steps could not be profiled: %s: %s", name, error)
