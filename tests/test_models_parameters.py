@@ -9,7 +9,13 @@ import pytest
 import sharding
 from jaxllm import presets
 from jaxllm.models import Model
-from jaxllm.models.parameters import embed, matrix, project, project_all
+from jaxllm.models.parameters import (
+    embed,
+    matrix,
+    project,
+    project_all,
+    project_gated,
+)
 
 MESH_SIZES = [{}, dict(data=2, fsdp=2, tensor=2), dict(fsdp=8)]
 
@@ -150,6 +156,40 @@ def test_project_all_adds_up_the_gradients_of_x(sizes, rematted, table):
         parts.append(np.einsum(f"{out},{axes}->BTD", dy, w))
     np.testing.assert_array_equal(dx, sum(parts))
     assert dx.sharding.spec == sharding.spec("BTD", table, mesh)
+
+
+@pytest.mark.parametrize("rematted", [False, True])
+@pytest.mark.parametrize("sizes", MESH_SIZES)
+def test_project_gated_puts_its_gradients_where_they_belong(sizes, rematted):
+    mesh = sharding.make_mesh(sizes, jax.devices()[: 8 if sizes else 1])
+    up, gate, w = whole((8, 4, 16), 0), whole((8, 4, 16), 1), whole((16, 8), 2)
+    dout = whole((8, 4, 8), 3)
+
+    def square(x):  # exact, as sums of whole numbers are
+        return x * x
+
+    def pull(up, gate, w, dout):
+        def run(up, gate, w):
+            return project_gated(square, up, gate, w, rematted)
+
+        out, back = jax.vjp(run, up, gate, w)
+        return out, *back(dout)
+
+    with jax.set_mesh(mesh):
+        out, dup, dgate, dw = jax.jit(pull)(
+            put(up, "BTF", sharding.COMPUTE, mesh),
+            put(gate, "BTF", sharding.COMPUTE, mesh),
+            put(w, "FD", sharding.STORAGE, mesh),
+            put(dout, "BTD", sharding.COMPUTE, mesh),
+        )
+    h, dh = up * gate**2, np.einsum("BTD,FD->BTF", dout, w)
+    np.testing.assert_array_equal(out, np.einsum("BTF,FD->BTD", h, w))
+    np.testing.assert_array_equal(dup, dh * gate**2)
+    np.testing.assert_array_equal(dgate, dh * up * 2 * gate)
+    np.testing.assert_array_equal(dw, np.einsum("BTF,BTD->FD", h, dout))
+    for x in (dup, dgate):
+        assert x.sharding.spec == sharding.spec("BTF", sharding.COMPUTE, mesh)
+    assert dw.sharding.spec == sharding.spec("FD", sharding.STORAGE, mesh)
 
 
 @pytest.mark.parametrize("sizes", MESH_SIZES)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters with letters, and the two operations that read them from STORAGE."""
+"""Parameters with letters, and the operations that read them from STORAGE."""
 
 import functools
 import math
@@ -92,17 +92,26 @@ def _project_forward(subscripts, x, weights, rematted):
 
 def _project_backward(subscripts, rematted, saved, dys):
     x, weights = saved
+    dx = _input_gradient(subscripts, rematted, weights, dys, like=x)
+    return dx, _weight_gradients(subscripts, x, dys)
+
+
+def _input_gradient(subscripts, rematted, weights, dys, like):
     x_letters, each = _letters(subscripts, len(weights))
-    whole = sharding.constrain(x, x_letters)
-    used = weights if rematted else _gather_all(each, weights, x.dtype)
-    dx = sharding.add_products(
+    used = weights if rematted else _gather_all(each, weights, like.dtype)
+    return sharding.add_products(
         *(
             (f"{y_letters},{w_letters}->{x_letters}", dy, w)
             for (w_letters, y_letters), dy, w in zip(each, dys, used, strict=True)
         ),
-        like=x,
+        like=like,
     )
-    dweights = tuple(
+
+
+def _weight_gradients(subscripts, x, dys):
+    x_letters, each = _letters(subscripts, len(dys))
+    whole = sharding.constrain(x, x_letters)
+    return tuple(
         sharding.einsum(
             f"{x_letters},{y_letters}->{w_letters}",
             whole,
@@ -112,10 +121,52 @@ def _project_backward(subscripts, rematted, saved, dys):
         )
         for (w_letters, y_letters), dy in zip(each, dys, strict=True)
     )
-    return dx, dweights
 
 
 project_all.defvjp(_project_forward, _project_backward)
+
+_DOWN = "BTF,FD->BTD"
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 4))
+def project_gated(
+    activation: Callable[[jax.Array], jax.Array],
+    up_BTF: jax.Array,
+    gate_BTF: jax.Array,
+    w_FD: jax.Array,
+    rematted: bool = False,
+) -> jax.Array:
+    """Multiplies up * activation(gate) by a parameter, as `project` does.
+
+    The backward pass keeps up and gate only: it computes their product again in the
+    pass over both that makes their gradients, where it costs no reading.
+
+    Args:
+      activation: of the gate, element by element.
+      up_BTF: placed by COMPUTE, as is gate_BTF. Their dtype is the matmul's.
+      w_FD: float32, placed by STORAGE.
+      rematted: as for `project_all`.
+    """
+    return _gated_forward(activation, up_BTF, gate_BTF, w_FD, rematted)[0]
+
+
+def _gated_forward(activation, up_BTF, gate_BTF, w_FD, rematted):
+    h_BTF = up_BTF * activation(gate_BTF)
+    (out_BTD,), (_, kept) = _project_forward(_DOWN, h_BTF, (w_FD,), rematted)
+    return out_BTD, (up_BTF, gate_BTF, kept)
+
+
+def _gated_backward(activation, rematted, saved, dout_BTD):
+    up_BTF, gate_BTF, kept = saved
+    dh_BTF = _input_gradient(_DOWN, rematted, kept, (dout_BTD,), like=up_BTF)
+    h_BTF, pull_back = jax.vjp(
+        lambda up_BTF, gate_BTF: up_BTF * activation(gate_BTF), up_BTF, gate_BTF
+    )
+    (dw_FD,) = _weight_gradients(_DOWN, h_BTF, (dout_BTD,))
+    return *pull_back(dh_BTF), dw_FD
+
+
+project_gated.defvjp(_gated_forward, _gated_backward)
 
 
 def _gather_all(each, weights, dtype):
