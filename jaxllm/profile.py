@@ -75,9 +75,10 @@ class Profiler:
             _log.info("%s\nThe trace it is from is under %s.", text, folder)
 
     def close(self) -> None:
-        """Ends a trace that is under way."""
+        """Ends a trace that is under way, of fewer steps than were asked for."""
         if self._is_tracing:
             self._is_tracing = False
+            _log.warning("The steps to profile were cut short; their trace is kept.")
             with _warning():
                 jax.profiler.stop_trace()
 

@@ -84,7 +84,7 @@ def open_run(
         _log.info("%s", report)
         if config.kernels.self_check:
             check_kernels(config, mesh)
-        _check_steps(config, first_step)
+        _check_steps(config, first_step, profile_steps)
         positions = Positions(setup, checkpoints, data)
         with phases("restore" if checkpoints.steps() else "start"):
             position = positions.newest()
@@ -177,11 +177,19 @@ def _open_streams(
     return writer, batches
 
 
-def _check_steps(config: Config, saved: int):
+def _check_steps(config: Config, saved: int, profile_steps: int):
     if saved > config.steps:
         raise InputError(
             f"config.steps={config.steps} is below the saved step {saved}; set it "
             "above that, or give another --workdir, or --overwrite to begin again."
+        )
+    first = saved + SKIPPED
+    if profile_steps < 0 or (profile_steps and first + profile_steps > config.steps):
+        raise InputError(
+            f"--profile={profile_steps} must be at least 0, and its steps begin with "
+            f"{first}, after the first {SKIPPED} of this start, of which "
+            f"config.steps={config.steps} leaves {max(0, config.steps - first)}; lower "
+            "--profile, or raise config.steps."
         )
 
 

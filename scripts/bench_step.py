@@ -140,11 +140,16 @@ def _run_arm(
     _keep_device_files(folder, asked.output)
     with (asked.output / f"{asked.stem}.log").open("a") as log:
         log.write(f"=== {name}\n{ended.stdout}{ended.stderr}\n")
-    last = ended.stdout.strip().splitlines()[-1:] or [""]
-    if ended.returncode or not last[0].startswith("{"):
+    lines = [line for line in ended.stdout.splitlines() if line.startswith("{")]
+    failed = ""
+    if ended.returncode or not lines:
         said = _reason(ended.stdout + ended.stderr)
-        return {"arm": name, "failed": f"status {ended.returncode}: {said}"}
-    return {"arm": name, **json.loads(last[0])}
+        failed = f"status {ended.returncode}: {said}"
+    if not lines:
+        return {"arm": name, "failed": failed}
+    # What was measured stands, even if it could not be profiled afterwards.
+    extra = {"profile": f"{name} was not profiled: {failed}"} if failed else {}
+    return {"arm": name, **json.loads(lines[-1]), **extra}
 
 
 def _reason(text: str) -> str:

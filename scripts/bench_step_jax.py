@@ -5,10 +5,12 @@ python scripts/bench_step_jax.py JOB
 """
 
 import dataclasses
+import functools
 import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +78,10 @@ def predicted_bytes(compiled: jax.stages.Compiled) -> int:
     )
 
 
-def measure(setup: Setup, compiled: Any, job: dict[str, Any]) -> dict[str, Any]:
-    """Returns the seconds of a step, a value for each reading of the clock."""
+def measure(
+    setup: Setup, compiled: Any, job: dict[str, Any]
+) -> tuple[dict[str, Any], Callable[[], str]]:
+    """Returns the seconds of a step, a value for each reading, and what profiles it."""
     state, batch = init_state(setup), make_batch(setup)
     losses, seconds = [], []
     metrics = {}
@@ -91,14 +95,13 @@ def measure(setup: Setup, compiled: Any, job: dict[str, Any]) -> dict[str, Any]:
         jax.block_until_ready((state, metrics))
         seconds.append((time.perf_counter() - began) / job["steps"])
         losses.append(float(metrics["loss"]))
-    profile = _profile(compiled, state, batch, job["arm"]) if job["profile"] else None
     stats = jax.local_devices()[0].memory_stats() or {}
-    return {
+    found = {
         "step_s": seconds,
         "losses": [losses[0], losses[-1]],
-        "profile": profile,
         "peak_bytes": stats.get("peak_bytes_in_use"),
     }
+    return found, functools.partial(_profile, compiled, state, batch, job["arm"])
 
 
 def _profile(compiled: Any, state: Any, batch: Any, arm: str) -> str:
@@ -133,7 +136,11 @@ def main(arguments: list[str]) -> None:
         "predicted_bytes": predicted_bytes(compiled),
     }
     if not job["predict"]:
-        found |= measure(setup, compiled, job)
+        measured, profile = measure(setup, compiled, job)
+        found |= measured
+        if job["profile"]:
+            print(json.dumps(found), flush=True)  # in case that profiling fails
+            found["profile"] = profile()
     print(json.dumps(found))
 
 

@@ -185,6 +185,7 @@ def main(arguments: list[str]) -> None:
     }
     assert math.isfinite(losses[-1])
     if job["profile"] and on_gpu:
+        print(json.dumps(found), flush=True)  # in case that profiling fails
         found["profile"] = profile(lambda: step(tokens, targets))
     print(json.dumps(found))
 

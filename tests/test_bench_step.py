@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmark of whole steps: a tiny one, and how its readings become a table."""
 
+import argparse
 import importlib.util
 import json
 import os
@@ -27,16 +28,21 @@ def bench_step():
     del sys.modules["bench_step"]
 
 
-def test_a_tiny_run_writes_a_table_of_its_arms(tmp_path):
-    options = ["--tiny", "--batch=2", "--arms=xla", f"--output={tmp_path}"]
+def run_one_arm(output: Path, *options: str) -> dict:
+    """Runs the script as a user does; returns what it found."""
     ended = subprocess.run(
-        [sys.executable, str(SCRIPT), *options],
+        [sys.executable, str(SCRIPT), *options, f"--output={output}"],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])},
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    (arm,) = json.loads((tmp_path / "step.json").read_text())["arms"]
+    (arm,) = json.loads((output / "step.json").read_text())["arms"]
+    return arm
+
+
+def test_a_tiny_run_writes_a_table_of_its_arms(tmp_path):
+    arm = run_one_arm(tmp_path, "--tiny", "--batch=2", "--arms=xla")
     assert arm["tokens_per_s"] > 0 and arm["predicted_bytes"] > 0
     assert arm["losses"][1] < arm["losses"][0]
     text = (tmp_path / "step.md").read_text()
@@ -46,15 +52,7 @@ def test_a_tiny_run_writes_a_table_of_its_arms(tmp_path):
 
 @pytest.mark.skipif(offline.toolchain() is None, reason="needs `make .venv/cuda`")
 def test_memory_is_predicted_without_a_gpu(tmp_path):
-    options = ["--tiny", "--predict", "--arms=xla", f"--output={tmp_path}"]
-    ended = subprocess.run(
-        [sys.executable, str(SCRIPT), *options],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])},
-    )
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    (arm,) = json.loads((tmp_path / "step.json").read_text())["arms"]
+    arm = run_one_arm(tmp_path, "--tiny", "--predict", "--arms=xla")
     assert arm["device"] == "NVIDIA H200" and arm["predicted_bytes"] > 0
 
 
@@ -94,3 +92,18 @@ def test_an_unknown_arm_is_refused(bench_step, capsys):
     with pytest.raises(SystemExit):
         bench_step.main(["--arms=mosaik"])
     assert "mosaik" in capsys.readouterr().err
+
+
+def test_what_was_measured_stands_when_it_cannot_be_profiled(
+    bench_step, tmp_path, monkeypatch
+):
+    (tmp_path / "arm.py").write_text(
+        'print("{\\"step_s\\": [1.0]}"); raise OSError("x")'
+    )
+    monkeypatch.setattr(bench_step, "SCRIPTS", tmp_path)
+    (tmp_path / "arm.py").rename(tmp_path / "bench_step_jax.py")
+    asked = argparse.Namespace(tiny=True, predict=False, batch=2, output=tmp_path)
+    asked.stem = "step"
+    found = bench_step._run_arm("xla", asked, tmp_path, 60.0, profile=True)
+    assert found["step_s"] == [1.0] and "failed" not in found
+    assert "not profiled: status 1: OSError: x" in found["profile"]

@@ -71,6 +71,7 @@ SMALLER = {
     "bpe:4096": "bpe:300",
     "bpe:32768": "bpe:300",
     "--config.steps=1000": "--config.steps=6",
+    "--config.steps=60 ": "--config.steps=13 ",
     "--max_tokens 100": "--max_tokens 4",
     "JAX_NUM_CPU_DEVICES=8": "JAX_NUM_CPU_DEVICES=4",
 }
@@ -121,6 +122,8 @@ def test_the_commands_of_a_document_run(document, tmp_path):
             _run([sys.executable, "-c", text], tmp_path)
         else:
             assert language == "text", f"{document.name}: a block of {language!r}"
+    if document.name == "reliability.md":
+        assert (tmp_path / "runs" / "profiled" / "profile" / "steps-10-12.txt").exists()
     if document.name == "README.md":
         made = {path.name for path in (tmp_path / "runs" / "first").iterdir()}
         assert set(_first_column(document, "in `--workdir`")) == made - {".lock"}

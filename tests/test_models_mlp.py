@@ -107,7 +107,6 @@ def test_xla_reads_what_was_kept_once_for_the_product_and_both_gradients():
     assert ended.returncode == 0, ended.stderr[-2000:]
     for remat in ("none", "full"):
         (line,) = re.findall(rf"^{remat}: (.*)$", ended.stdout, re.MULTILINE)
-        # One forward, one backward.
         assert sorted(line.split()) == ["1", "3"], ended.stdout  # forward, backward
 
 

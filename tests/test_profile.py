@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sharding
+from jaxllm.errors import InputError
 from jaxllm.profile import Profiler, trace
 from jaxllm.resilience.phases import Phases
 from jaxllm.timeline import format_timeline, share_time
@@ -218,13 +219,22 @@ def test_who_cannot_trace_says_so_and_goes_on(tmp_path, caplog):
     assert "could not be profiled" in caplog.text
 
 
-def test_a_trace_that_a_stop_cuts_is_ended(tmp_path):
+def test_a_trace_that_a_stop_cuts_is_ended_and_said(tmp_path, caplog):
     program = jax.jit(lambda x: x).lower(jnp.ones(1)).compile()
     profiler = Profiler(tmp_path / "a", program, Phases(), first=5, number=3)
     profiler.before(5, jnp.ones(1))
     profiler.close()
+    assert "cut short" in caplog.text
     with trace(tmp_path / "b"):  # refused while another one is under way
         pass
+
+
+@pytest.mark.parametrize("number", [-1, 3])
+def test_steps_that_a_run_does_not_have_are_refused(tiny, tmp_path, number):
+    config = tiny({"steps": 12})
+    with pytest.raises(InputError, match=f"--profile={number} must .* begin with 10"):
+        next(train(config, tmp_path / "run", profile_steps=number))
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_the_command_refuses_less_than_no_steps(run_command, tmp_path):
