@@ -31,7 +31,7 @@ def kernel(
       options: `out_type`, `scratch_types`, `grid`, `grid_names`, `num_threads`, ... of
         `plgpu.kernel`.
     """
-    return plgpu.kernel(
+    call = plgpu.kernel(
         body,
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
@@ -41,6 +41,13 @@ def kernel(
         kernel_name=name,
         **options,
     )
+
+    def run(*operands: jax.Array) -> Any:
+        # Where a loop stacks a result that something else reads too, XLA would run the
+        # kernel twice: once fused with the writing into the stack, once for the reader.
+        return jax.tree.map(jax.lax.optimization_barrier, call(*operands))
+
+    return run
 
 
 class Zeros:

@@ -63,8 +63,11 @@ class BackwardPlan:
         multiple: int,
     ) -> Inputs:
         """Returns what the kernels read; multiple is of queries in a tile."""
-        wide = (x.astype(jnp.float32) for x in (out_BTNH, dout_BTNH))
-        delta_BNT = jnp.transpose(jnp.prod(jnp.stack([*wide]), 0).sum(-1), (0, 2, 1))
+        out, dout = (x.astype(jnp.float32) for x in (out_BTNH, dout_BTNH))
+        # Left to itself, XLA reads both as [B, N, T, H], a head at a time, and even
+        # stacks the outputs of all layers that way: six times as slow.
+        delta_BTN = jax.lax.optimization_barrier((out * dout).sum(-1))
+        delta_BNT = jnp.transpose(delta_BTN, (0, 2, 1))
         per_lse = -LOG2E if self.softcap else -1 / self.scale
         # Weights of a query that sees nothing, not even a sink, are exp2(-inf) = 0.
         lse_BNT = jnp.where(lse_BNT == -jnp.inf, jnp.inf, lse_BNT)
