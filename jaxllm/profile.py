@@ -17,6 +17,9 @@ from jaxllm.traces import read_events
 FOLDER = "profile"  # in the run's directory
 SKIPPED = 10  # steps before, which are slower than others
 MODULE = "jit_train_step"
+# Of XLA, for a program that is to be traced: in a CUDA graph no kernel has the name of
+# its instruction.
+TRACEABLE = {"xla_gpu_enable_command_buffer": ""}
 _log = logging.getLogger(__name__)
 
 
@@ -100,7 +103,7 @@ def explain(
 
     Args:
       folder: of `trace`.
-      program: the compiled step that was traced.
+      program: the compiled step that was traced, with the options TRACEABLE.
       num_steps: that were traced.
       title: of the first table.
     """

@@ -25,7 +25,7 @@ from jaxllm.evaluate import held_out
 from jaxllm.kernels import check_kernels
 from jaxllm.metrics import MetricsWriter, check_loggers
 from jaxllm.positions import Positions
-from jaxllm.profile import FOLDER, SKIPPED, Profiler
+from jaxllm.profile import FOLDER, SKIPPED, TRACEABLE, Profiler
 from jaxllm.report import choices, cost_report
 from jaxllm.resilience.anomalies import Anomalies
 from jaxllm.resilience.ledger import Ledger
@@ -97,7 +97,7 @@ def open_run(
         stack.callback(writer.close)
         stack.callback(batches.close)
         with phases("compile"):
-            step, eval_step, check = _compile(setup)
+            step, eval_step, check = _compile(setup, profile_steps)
         run = Run(
             setup=setup,
             positions=positions,
@@ -193,9 +193,14 @@ def _check_steps(config: Config, saved: int, profile_steps: int):
         )
 
 
-def _compile(setup: Setup) -> tuple[Compiled, Compiled | None, Compiled]:
+def _compile(
+    setup: Setup, profile_steps: int
+) -> tuple[Compiled, Compiled | None, Compiled]:
     """Returns what the loop runs: the step, the evaluation if any, the check."""
-    step, eval_step = _timed("step", compile_step, setup), None
+    compile_it = functools.partial(
+        compile_step, options=TRACEABLE if profile_steps else None
+    )
+    step, eval_step = _timed("step", compile_it, setup), None
     if setup.config.eval.every:
         eval_step = _timed("evaluation", compile_eval, setup)
     return step, eval_step, compile_check(setup)

@@ -116,7 +116,9 @@ def init_state(setup: Setup) -> TrainState:
         return jax.jit(placed)(jax.random.key(setup.config.seed))
 
 
-def compile_step(setup: Setup) -> jax.stages.Compiled:
+def compile_step(
+    setup: Setup, options: Mapping[str, str] | None = None
+) -> jax.stages.Compiled:
     """Compiles (state, batch) -> (state, metrics) ahead of time; donates the state.
 
     With config.anomaly.policy "skip" it takes `bounds` too. A step beyond them, or not
@@ -126,6 +128,10 @@ def compile_step(setup: Setup) -> jax.stages.Compiled:
     targets, `objective` adds z-loss and what balances experts, `grad_norm` is before
     clipping; `leaf_norms` has the gradient norm of each parameter, in the order of
     `jax.tree.leaves`; the statistics of `route`, if any, begin with "router_".
+
+    Args:
+      setup: of the run.
+      options: of XLA, for this program.
     """
     trained = [not is_load_bias(row.letters) for row in setup.plan.rows]
     schedule = make_schedule(setup.config.optimizer, setup.config.steps)
@@ -160,7 +166,8 @@ def compile_step(setup: Setup) -> jax.stages.Compiled:
     if setup.config.anomaly.policy == "skip":
         inputs.append(abstract_bounds(setup.mesh))
     with jax.set_mesh(setup.mesh):
-        return jax.jit(train_step, donate_argnums=0).lower(*inputs).compile()
+        step = jax.jit(train_step, donate_argnums=0)
+        return step.lower(*inputs).compile(compiler_options=options and dict(options))
 
 
 def compile_eval(setup: Setup) -> jax.stages.Compiled:

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What jax's profiler wrote: the operations of one device and when they ran.
 
-GPUs: each kernel, with the instruction that it is of. Kernels of a CUDA graph may lack
-that: XLA names those of fusions like the instruction, Mosaic ours like the call. CPUs:
-each instruction, by the thread that ran it.
+GPUs: each kernel, with the instruction that it is of. Kernels of a CUDA graph have the
+graph's name instead (which is why a profiled run has none): XLA names those of fusions
+like the instruction, Mosaic ours like the call, and libraries' have names of their own.
+CPUs: each instruction, by the thread that ran it.
 """
 
+import collections
 import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping
@@ -18,6 +20,7 @@ import sharding
 
 Stats = dict[str, Any]  # of an event
 
+MOSAIC_SUFFIX = "_mosaic_gpu_kernel"  # of the names of our kernels
 OUTSIDE = "outside"  # the operation of what other programs ran
 
 
@@ -55,8 +58,10 @@ def read_events(
     names = _names_of_kernels(operations)
     found = []
     for event, stats in events:
-        kernel = str(event.name)
-        name = str(stats.get("hlo_op") or names.get(kernel, kernel))
+        name = str(stats.get("hlo_op", ""))
+        if name not in operations:  # "command_buffer_7", or nothing
+            kernel = str(event.name).removesuffix(MOSAIC_SUFFIX)
+            name = names.get(kernel, kernel)
         if stats.get("hlo_module", module) != module:
             name = OUTSIDE
         elif name in operations and operations[name].kind == "control":
@@ -86,10 +91,11 @@ def _on_cpu(data: Any) -> Iterator[tuple[Any, Stats]]:
 
 
 def _names_of_kernels(operations: Mapping[str, sharding.Operation]) -> dict[str, str]:
-    """Returns operations by what their kernels are called."""
-    names = {name.replace(".", "_").replace("-", "_"): name for name in operations}
+    """Returns operations by what their kernels are called, where that tells them."""
+    names = [(name.replace(".", "_").replace("-", "_"), name) for name in operations]
     for name, operation in operations.items():
         path = operation.op_name.split("/")
         if operation.kind == "kernel" and len(path) > 1:
-            names[path[-2]] = name
-    return names
+            names.append((path[-2], name))
+    times = collections.Counter(kernel for kernel, _ in names)
+    return {kernel: name for kernel, name in names if times[kernel] == 1}

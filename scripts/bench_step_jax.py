@@ -7,6 +7,7 @@ python scripts/bench_step_jax.py JOB
 import dataclasses
 import functools
 import json
+import os
 import sys
 import tempfile
 import time
@@ -22,7 +23,8 @@ from jaxllm import presets
 from jaxllm.budget import flops_per_token, peak_flops
 from jaxllm.config import Config, DataConfig, MeshConfig, OptimizerConfig
 from jaxllm.configfile import override
-from jaxllm.profile import explain, trace
+from jaxllm.gpuflags import has_gpus, prepare_gpus
+from jaxllm.profile import TRACEABLE, explain, trace
 from jaxllm.step import Setup, compile_step, init_state, prepare
 from pallas_kernels import offline
 
@@ -101,11 +103,14 @@ def measure(
         "losses": [losses[0], losses[-1]],
         "peak_bytes": stats.get("peak_bytes_in_use"),
     }
-    return found, functools.partial(_profile, compiled, state, batch, job["arm"])
+    return found, functools.partial(_profile, setup, state, batch, job["arm"])
 
 
-def _profile(compiled: Any, state: Any, batch: Any, arm: str) -> str:
-    """Returns where the time of two more steps went."""
+def _profile(setup: Setup, state: Any, batch: Any, arm: str) -> str:
+    """Returns where the time of two more steps went, of a program made for that."""
+    compiled = compile_step(setup, TRACEABLE)
+    state, _ = compiled(state, batch)
+    jax.block_until_ready(state)
     with tempfile.TemporaryDirectory() as folder:
         with trace(Path(folder)):
             for _ in range(TRACED_STEPS):
@@ -117,6 +122,8 @@ def _profile(compiled: Any, state: Any, batch: Any, arm: str) -> str:
 def main(arguments: list[str]) -> None:
     (text,) = arguments
     job = json.loads(text)
+    gpus = has_gpus(jax.config.jax_platforms)
+    prepare_gpus(os.environ, gpus=gpus)  # as a run does
     config = make_config(job)
     devices = offline.described_devices(1) if job["predict"] else None
     mesh = sharding.make_mesh(config.mesh.sizes, devices)

@@ -165,11 +165,15 @@ def test_kernels_of_a_cuda_graph_are_known_by_their_names(tmp_path, monkeypatch)
     (tmp_path / "a.xplane.pb").write_bytes(b"")
     derived = FakeLine(("XLA Ops", 0))
     derived.name = "XLA Ops"
-    lines = [FakeLine(("gemm_fusion_dot_7", 1), ("attention_backward", 2)), derived]
-    lines[0].events.append(
-        FakeEvent("k", 3, hlo_op="add.9", hlo_module="jit_train_step")
-    )
-    lines[0].events.append(FakeEvent("k", 4, hlo_op="add.9", hlo_module="jit_add"))
+    graph = dict(hlo_op="command_buffer_147", hlo_module="jit_train_step")
+    lines = [FakeLine(), derived]
+    lines[0].events = [
+        FakeEvent("gemm_fusion_dot_7", 1, **graph),
+        FakeEvent("attention_backward_mosaic_gpu_kernel", 2, **graph),
+        FakeEvent("nvjet_sm90_tst_128x160_64x5_2x1_v_bz_NNT", 2.5, **graph),
+        FakeEvent("k", 3, hlo_op="add.9", hlo_module="jit_train_step"),
+        FakeEvent("k", 4, hlo_op="add.9", hlo_module="jit_add"),
+    ]
 
     class FakePlane:
         def __init__(self, name, lines):
@@ -185,7 +189,8 @@ def test_kernels_of_a_cuda_graph_are_known_by_their_names(tmp_path, monkeypatch)
     monkeypatch.setattr(jax.profiler, "ProfileData", FakeData)
     events = read_events(tmp_path, "jit_train_step", OPERATIONS)
     assert [event.operation for event in events] == [
-        *("gemm_fusion_dot.7", "mpmd_map.5", "add.9", OUTSIDE)
+        *("gemm_fusion_dot.7", "mpmd_map.5"),
+        *("nvjet_sm90_tst_128x160_64x5_2x1_v_bz_NNT", "add.9", OUTSIDE),
     ]
 
 
