@@ -167,7 +167,8 @@ def compile_step(
         inputs.append(abstract_bounds(setup.mesh))
     with jax.set_mesh(setup.mesh):
         step = jax.jit(train_step, donate_argnums=0)
-        return step.lower(*inputs).compile(compiler_options=options and dict(options))
+        compiler_options = dict(options) if options else None
+        return step.lower(*inputs).compile(compiler_options)
 
 
 def compile_eval(setup: Setup) -> jax.stages.Compiled:

@@ -103,6 +103,8 @@ def check(kind, shape, dtype, *, residual, offset=0.0, size=1.0, scale_dtype="fl
         ("rms", (3, 12800), "bfloat16", True),  # four do
         ("layer", (2, 16384), "float16", False),  # no room for the bias's gradient
         ("rms", (9, 2048), "bfloat16", True),
+        ("rms", (3, 5120), "bfloat16", True),  # a block a row, straight through
+        ("layer", (2, 8192), "float16", True),
     ],
 )
 def test_kernels_are_as_exact_as_plain_jax(kind, shape, dtype, residual):
@@ -110,7 +112,7 @@ def test_kernels_are_as_exact_as_plain_jax(kind, shape, dtype, residual):
 
 
 @pytest.mark.parametrize("kind, parts", [("rms", 2), ("layer", 8)])
-def test_shared_rows_that_go_past_shared_memory(kind, parts, monkeypatch):
+def test_shared_rows_that_go_past_shared_memory_in_turns(kind, parts, monkeypatch):
     cut = share(4096, parts, widest=8, most=8)
     assert cut is not None
     tile = dataclasses.replace(cut, staged=False, slots=1, blocks_per_core=1)

@@ -27,7 +27,9 @@ from pallas_kernels.case import Case
 ROTATED_BYTES = 240e6
 MOST_INPUTS = 8
 MOST_SPREAD = 0.1  # of the rounds of a time, relative to it, that is taken at once
-SHORT_S = 100e-6  # below this, several calls make one program: launches take time too
+# Shorter calls share a program: between two of them the device idles for microseconds,
+# which a step of training, being one program, does not have.
+SHORT_S = 500e-6
 Inputs = list[tuple[jax.Array, ...]]
 Note = Callable[[str, Record], None]
 
@@ -279,8 +281,11 @@ def device_lock(options: Options) -> Iterator[None]:
 def _rotation(case: Case, most: int) -> tuple[int, int]:
     """Returns how many inputs to make, and how many calls are one program."""
     size = sum(math.prod(x.shape) * x.dtype.itemsize for x in case.inputs)
-    num_inputs = min(max(math.ceil(ROTATED_BYTES / size), 1), most)
-    return num_inputs, num_inputs if case.least_seconds() < SHORT_S else 1
+    num_inputs = max(math.ceil(ROTATED_BYTES / size), 1)
+    if (least_s := case.least_seconds()) >= SHORT_S:
+        return min(num_inputs, most), 1
+    num_inputs = min(max(num_inputs, math.ceil(SHORT_S / least_s)), most)
+    return num_inputs, num_inputs
 
 
 def _microseconds(timing: Timing) -> dict[str, float]:

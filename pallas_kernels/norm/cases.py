@@ -14,7 +14,7 @@ from pallas_kernels.norm.backward import backward
 from pallas_kernels.norm.forward import forward
 from pallas_kernels.norm.op import layer_norm, rms_norm
 from pallas_kernels.norm.reference import layer_norm_reference, rms_norm_reference
-from pallas_kernels.norm.tiles import Tile, choose_tile, share, with_slots
+from pallas_kernels.norm.tiles import Tile, choose_tile, share, stage, with_slots
 from pallas_kernels.target import Target
 
 H200 = Target("gpu", "NVIDIA H200", 132)
@@ -162,7 +162,7 @@ def _case(
             Search(
                 kernel=f"norm_{direction}",
                 call=dict(width=shape.width, itemsize=2, num_operands=num_read),
-                tiles=_tiles(tile, shape.width, 2 * num_read),
+                tiles=_tiles(direction, tile, shape.width, 2 * num_read),
                 shipped=tile,
                 function=with_tile,
             ),
@@ -177,28 +177,33 @@ def _tile(direction: str, shape: Shape, num_read: int) -> Tile:
     return tile
 
 
-def _tiles(tile: Tile, width: int, bytes_per_column: int) -> tuple[Tile, ...]:
-    """Returns a tile, and others with more or fewer bytes in flight.
+def _tiles(
+    direction: str, shipped: Tile, width: int, bytes_per_column: int
+) -> tuple[Tile, ...]:
+    """Returns the shipped tile, and others with more or fewer bytes in flight.
 
-    Also such as go past shared memory: blocks that wait for their row beside others
-    that write theirs, as Triton would have it.
+    Also such as go past shared memory, with a block for every step if no totals are
+    carried: blocks that wait for their row beside others that write theirs.
     """
+    tile = stage(f"norm_{direction}", width, 2)
+    assert tile is not None
     cuts = [tile]
     if not tile.is_narrow:
         shared = (share(width, parts, widest=8, most=8) for parts in (2, 4, 8))
         direct = [tile, *(cut for cut in shared if cut is not None)]
         cuts += [dataclasses.replace(cut, staged=False, slots=1) for cut in direct]
+    direct_blocks = (0,) if direction == "forward" else (1, 2)
     others = [
         dataclasses.replace(cut, slots=slots, blocks_per_core=blocks)
         for cut in cuts
         for slots in ((2, 3, 4, 6, 8) if cut.staged else (cut.slots,))
-        for blocks in (1, 2, 3, 4, 6, 8)
+        for blocks in ((1, 2, 3, 4, 6, 8) if cut.staged else direct_blocks)
         if blocks * cut.parts <= 8
     ]
     fitting = [
         other for other in others if with_slots(other, bytes_per_column) == other
     ]
-    return tuple(dict.fromkeys([tile, *fitting]))
+    return tuple(dict.fromkeys([shipped, *fitting]))
 
 
 def _make_inputs(

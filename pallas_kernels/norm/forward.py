@@ -48,13 +48,26 @@ def forward(
                 # Rounded as the sum that the caller gets is.
                 return sum(others, x).astype(dtype).astype(jnp.float32)
 
-            x = rows.remember(tile, read, len(vectors) < room)
+            is_kept = len(vectors) < room
+            x = rows.remember(tile, read, is_kept)
+            *sums, normed = targets
+
+            def write_sum(k, value):
+                for target in sums:
+                    rows.store(tile, target, k, value.astype(dtype))
+
+            # Memory has this to do while the statistics are on their way.
+            is_early = is_kept and not tile.staged
+            for k in range(tile.num_pieces * is_early):
+                write_sum(k, x(k))
             center, rstd = statistics(tile, width, eps, bias_D is not None, x, exchange)
             for k in range(tile.num_pieces):
+                # Both before either is written: what is not kept is read again.
                 value, y = x(k), center(k) * rstd * weight(k)
                 y = sum((more(k) for more in bias), y)
-                for target, out in zip(targets[::-1], (y, value), strict=False):
-                    rows.store(tile, target, k, out.astype(dtype))
+                rows.store(tile, normed, k, y.astype(dtype))
+                if not is_early:
+                    write_sum(k, value)
             return carry
 
         return step, ()

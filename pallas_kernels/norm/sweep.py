@@ -59,7 +59,8 @@ def sweep(
     """
     num_rows, width = inputs[0].shape
     num_steps = pl.cdiv(num_rows, tile.rows)
-    blocks = min(num_steps, current_target().num_cores * tile.blocks_per_core)
+    at_once = current_target().num_cores * tile.blocks_per_core
+    blocks = min(num_steps, at_once) if at_once else num_steps
     inputs = [x.reshape(num_rows, *rows.shape(tile, width)) for x in inputs]
     like = jax.ShapeDtypeStruct(inputs[0].shape, inputs[0].dtype)
     total = jax.ShapeDtypeStruct((blocks, *_step_shape(tile)), jnp.float32)
