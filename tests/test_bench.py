@@ -84,6 +84,21 @@ def test_a_record_has_times_errors_and_a_verdict(options):
     assert json.loads(json.dumps(record)) == record
 
 
+@pytest.mark.parametrize(("num_bytes", "calls"), [(1e9, 2), (3e9, 1)])
+def test_short_calls_share_a_program_and_each_has_inputs_of_its_own(
+    options, num_bytes, calls
+):
+    seen = set()
+
+    def spy(x):
+        seen.add(id(x))
+        return scale(x)
+
+    functions = {"mosaic": spy, "xla": scale}
+    record = measure(make_case(functions=functions, num_bytes=num_bytes), options)
+    assert record["calls_a_program"] == len(seen) == calls
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
