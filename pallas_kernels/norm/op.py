@@ -13,7 +13,7 @@ from pallas_kernels.choice import Choice, Implementation, choose
 from pallas_kernels.norm.backward import backward
 from pallas_kernels.norm.forward import forward
 from pallas_kernels.norm.reference import layer_norm_reference, rms_norm_reference
-from pallas_kernels.norm.tiles import Tile, choose_tile
+from pallas_kernels.norm.tiles import COPY_BYTES, Tile, choose_tile
 from pallas_kernels.target import Target, current_target
 
 
@@ -98,7 +98,7 @@ def choose_norm(
     """
     refusals = _mosaic_refusals(current_target(), x, has_residual)
     slower = {}
-    if not refusals and not backward_tile(x, has_residual).staged:
+    if not refusals and x.shape[-1] * x.dtype.itemsize % COPY_BYTES:
         slower["mosaic"] = f"mosaic: plain JAX is faster at width {x.shape[-1]}"
     return choose("norm", implementation, {"mosaic": refusals}, slower)
 
