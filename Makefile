@@ -1,18 +1,22 @@
 # make quickstart   install, then train a small model on this machine and sample from it
 # make test         install the development tools, then run the tests
+# make test-oldest  install the oldest jax that is supported, run the kernels' tests
 # make check        lint, format and types
 # make format       rewrite files as `make check` wants them
 
 PYTHON ?= $(shell command -v python3.12 || command -v python3)
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart test check format notebook
+.PHONY: quickstart test test-oldest check format notebook
 
 quickstart:
 	@PYTHON="$(PYTHON)" scripts/quickstart.sh
 
 test: .venv/dev .venv/cuda
 	.venv/bin/python -m pytest -q -n 2 --dist worksteal
+
+test-oldest:
+	@PYTHON="$(PYTHON)" scripts/test_oldest.sh
 
 check: .venv/dev
 	.venv/bin/ruff check .
