@@ -11,7 +11,7 @@ other, in two rounds of opposite order, because they do not fit into memory toge
 the second round finds its programs in the compilation cache. Written after each arm:
 tokens/s, MFU of the data sheet's 989 TFLOP/s, the largest memory in use beside what XLA
 predicted, losses, which must agree but for torch's, whose first parameters and tokens
-are others, and where the time of two more steps went. The first arm also leaves what
+are others, and where the time of two more steps went. Our first arm also leaves what
 XLA knows of the device (target_config.pbtxt) and its autotuning results
 (autotune_results.pbtxt).
 
@@ -129,7 +129,8 @@ def _run_arm(
     )
     script = "bench_step_torch.py" if name == "torch" else "bench_step_jax.py"
     text = json.dumps(dataclasses.asdict(job))
-    environment = _environment(folder, asked, first=not (folder / "dump").exists())
+    first = name != "torch" and not (folder / "dump").exists()
+    environment = _environment(folder, asked, first=first)
     command = [sys.executable, str(SCRIPTS / script), text]
     try:
         ended = subprocess.run(
