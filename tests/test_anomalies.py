@@ -155,10 +155,10 @@ def poison(tiny, monkeypatch) -> Iterator[Poison]:
         monkeypatch.setattr(step, "_loss_sums", loss_sums)
         compiled = {}
 
-        def compile_once(setup):  # it is the same for all runs of a test
+        def compile_once(setup, options):  # it is the same for all runs of a test
             policy = setup.config.anomaly.policy
             if policy not in compiled:
-                compiled[policy] = step.compile_step(setup)
+                compiled[policy] = step.compile_step(setup, options)
             return compiled[policy]
 
         monkeypatch.setattr(startup, "compile_step", compile_once)

@@ -4,7 +4,6 @@
 import contextlib
 import dataclasses
 import datetime
-import fcntl
 import json
 import math
 import re
@@ -20,16 +19,14 @@ from pallas_kernels.bench import check, peers, search
 from pallas_kernels.bench.ceilings import Ceilings
 from pallas_kernels.bench.options import Options
 from pallas_kernels.bench.record import Record
-from pallas_kernels.bench.timing import Entrant, Timing, time_in_turns
+from pallas_kernels.bench.timing import Entrant, Timing, device_lock, time_in_turns
 from pallas_kernels.case import Case
 
 # Inputs in turn, so that none is found in the cache: several times an H200's 60 MB.
 ROTATED_BYTES = 240e6
 MOST_INPUTS = 8
 MOST_SPREAD = 0.1  # of the rounds of a time, relative to it, that is taken at once
-# Shorter calls share a program: between two of them the device idles for microseconds,
-# which a step of training, being one program, does not have.
-SHORT_S = 500e-6
+SHORT_S = 500e-6  # shorter calls share a program: between programs a device idles
 Inputs = list[tuple[jax.Array, ...]]
 Note = Callable[[str, Record], None]
 
@@ -115,7 +112,7 @@ class _Work:
     def device(self) -> Iterator[None]:
         """Keeps the other workers off the device, and notes who has it."""
         self.note("waits", self.record())
-        with device_lock(self.options):
+        with device_lock(Path(self.options.folder)):
             self.note("holds", self.record())
             yield
 
@@ -270,22 +267,14 @@ class _Work:
         }
 
 
-@contextlib.contextmanager
-def device_lock(options: Options) -> Iterator[None]:
-    """Keeps the other workers of a run off the device; a killed holder frees it."""
-    with (Path(options.folder) / "device.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def _rotation(case: Case, most: int) -> tuple[int, int]:
     """Returns how many inputs to make, and how many calls are one program."""
     size = sum(math.prod(x.shape) * x.dtype.itemsize for x in case.inputs)
-    num_inputs = max(math.ceil(ROTATED_BYTES / size), 1)
-    if (least_s := case.least_seconds()) >= SHORT_S:
-        return min(num_inputs, most), 1
-    num_inputs = min(max(num_inputs, math.ceil(SHORT_S / least_s)), most)
-    return num_inputs, num_inputs
+    num_inputs, least_s = math.ceil(ROTATED_BYTES / size), case.least_seconds()
+    if least_s < SHORT_S:
+        num_inputs = max(num_inputs, math.ceil(SHORT_S / least_s))
+    num_inputs = min(num_inputs, most)
+    return num_inputs, num_inputs if least_s < SHORT_S else 1
 
 
 def _microseconds(timing: Timing) -> dict[str, float]:

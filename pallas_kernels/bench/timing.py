@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times of device work, taken in turns so that a change of clocks hits all alike."""
 
+import contextlib
 import dataclasses
+import fcntl
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 MEASUREMENT_S = 0.02  # of device work between two readings of the clock
@@ -33,6 +36,14 @@ class Timing:
     def spread(self) -> float:
         """The range of the rounds as a part of their median."""
         return (self.high_s - self.low_s) / self.median_s
+
+
+@contextlib.contextmanager
+def device_lock(folder: Path) -> Iterator[None]:
+    """Keeps the other workers of a run off the device; a killed holder frees it."""
+    with (folder / "device.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def time_in_turns(
