@@ -11,6 +11,7 @@ import pytest
 
 import pallas_kernels
 from pallas_kernels import choose_attention, mosaic
+from pallas_kernels.attention import op
 from pallas_kernels.attention.reference import attention_reference
 from pallas_kernels.target import INTERPRETED, Target
 
@@ -166,6 +167,62 @@ def test_gradients_are_those_of_the_specification(options, deterministic):
     for name, x, y, z in zip("qkvs", ours, plain, exact, strict=True):
         assert x.dtype == y.dtype
         assert distance(x, z) <= 3 * distance(y, z) + 1e-5, name
+
+
+@pytest.mark.parametrize(
+    ("t", "options"),
+    [
+        (1, dict(positions_BT=[[40], [3], [-1]])),
+        (3, dict(positions_BT=[[7, 8, 9], [70, 79, 20], [0, 1, 2]], window=6)),
+        (2, dict(causal=False, softcap=3.0)),
+    ],
+)
+def test_few_queries_of_all_heads_that_share_keys_are_one_block(
+    t, options, monkeypatch
+):
+    b, s, n, k, h = 3, 80, 6, 2, 64
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, key, value, dout = (
+        jax.random.normal(one, (b, length, heads, h)).astype(jnp.bfloat16)
+        for one, length, heads in zip(keys, (t, s, s, t), (n, k, k, n), strict=True)
+    )
+    if "positions_BT" in options:
+        options = options | {"positions_BT": jnp.array(options["positions_BT"])}
+    attend, shapes = op._attend, []
+
+    def spy(kernels, q, *others):
+        shapes.append(q.shape)
+        return attend(kernels, q, *others)
+
+    monkeypatch.setattr(op, "_attend", spy)
+
+    def both(implementation, dtype=jnp.bfloat16):
+        def run(*qkv):
+            return pallas_kernels.attention(
+                *qkv, implementation=implementation, **options
+            )
+
+        inputs = [x.astype(dtype) for x in (q, key, value)]
+        out, pull = jax.vjp(run, *inputs)
+        return [out, *pull(dout.astype(dtype))]
+
+    plain, exact = both("xla"), both("xla", jnp.float32)
+    with mosaic.interpret():
+        ours = jax.block_until_ready(both("mosaic"))
+    assert shapes == [(b, t * n // k, k, h)]
+    for factor, x, y, z in zip((2, 3, 3, 3), ours, plain, exact, strict=True):
+        assert x.shape == y.shape and x.dtype == y.dtype
+        assert distance(x, z) <= factor * distance(y, z) + 1e-5
+
+
+def test_with_sinks_each_head_has_blocks_of_its_own(monkeypatch):
+    seen = []
+    monkeypatch.setattr(op, "_attend", lambda kernels, q, *_: seen.append(q.shape))
+    q, k, v = draw(jnp.bfloat16)
+    with mosaic.interpret():
+        call = functools.partial(pallas_kernels.attention, causal=False)
+        call(q[:, :1], k, v, sinks_N=jnp.zeros(N))
+    assert seen == [(B, 1, N, H)]
 
 
 def forward_kernels(policy) -> int:

@@ -28,7 +28,7 @@ class Plan:
 
     @property
     def block_t(self) -> int:
-        return 2 * self.tile.block_q
+        return self.tile.queries
 
     @property
     def num_tiles(self) -> int:

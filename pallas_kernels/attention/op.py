@@ -108,7 +108,14 @@ def attention(
     facts = (target, q_BTNH.shape[-1], causal, softcap, scale, deterministic)
     kernels = Kernels.of(*facts)
     ranges = key_ranges(q_BTNH.shape, k_BSKH.shape[1], **masks)
-    return _attend(kernels, q_BTNH, k_BSKH, v_BSKH, *ranges, sinks_N)
+    group = q_BTNH.shape[2] // k_BSKH.shape[2]
+    if sinks_N is not None or group * q_BTNH.shape[1] > kernels.forward.queries:
+        return _attend(kernels, q_BTNH, k_BSKH, v_BSKH, *ranges, sinks_N)
+    # Decoding: one block has the queries of all heads that read the same keys.
+    ranges = (jnp.repeat(x_BT, group, axis=1) for x_BT in ranges)
+    q_BTKH = _stack_heads(q_BTNH, group)
+    out_BTKH = _attend(kernels, q_BTKH, k_BSKH, v_BSKH, *ranges, None)
+    return _unstack_heads(out_BTKH, group)
 
 
 def choose_attention(implementation: Implementation, **facts: Any) -> Choice:
@@ -178,6 +185,20 @@ def attention_refusals(
         name: [what for what, refused in found.items() if refused]
         for name, found in (("mosaic", mosaic), ("cudnn", cudnn))
     }
+
+
+def _stack_heads(x_BTNH: jax.Array, group: int) -> jax.Array:
+    """Returns the heads of a group as queries, one after the other: [B, T G, K, H]."""
+    b, t, n, h = x_BTNH.shape
+    x_BTKGH = x_BTNH.reshape(b, t, n // group, group, h)
+    return x_BTKGH.swapaxes(2, 3).reshape(b, t * group, n // group, h)
+
+
+def _unstack_heads(x_BTKH: jax.Array, group: int) -> jax.Array:
+    """Returns what `_stack_heads` was given."""
+    b, t, k, h = x_BTKH.shape
+    x_BTGKH = x_BTKH.reshape(b, t // group, group, k, h)
+    return x_BTGKH.swapaxes(2, 3).reshape(b, t // group, k * group, h)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

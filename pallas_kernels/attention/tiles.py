@@ -15,6 +15,11 @@ class ForwardTile:
     block_kv: int = 128  # keys of a step; a multiple of 64
     num_stages: int = 2  # blocks of keys, and of values, in shared memory
 
+    @property
+    def queries(self) -> int:
+        """Queries of a block."""
+        return 2 * self.block_q
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QueryGradientTile:
