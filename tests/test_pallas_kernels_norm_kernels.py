@@ -21,6 +21,8 @@ from pallas_kernels.target import INTERPRETED
 EPS = 1e-5
 # Where plain JAX happens to make no error at all, a rounding of float32.
 LEAST_ERROR = 1e-6
+# By bytes of an element: widths whose rows have blocks of their own in a forward pass.
+DIRECT = {2: (5120, 8192, 12288, 16384), 4: (5120, 6656, 8192, 12288, 16384)}
 
 
 def draw(shape, dtype, seed, size=1.0) -> jax.Array:
@@ -242,3 +244,8 @@ def test_widths_of_models_have_tiles_that_fit(itemsize):
             if tile.staged:
                 held = tile.slots * tile.blocks_per_core * step_bytes
                 assert 0 < held <= 224 * 1024
+            # Blocks of a backward pass carry totals: there cannot be one for each step.
+            one_each = not tile.blocks_per_core
+            assert one_each == (
+                kernel == "norm_forward" and width in DIRECT[itemsize]
+            ), width

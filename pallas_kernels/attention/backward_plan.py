@@ -65,7 +65,7 @@ class BackwardPlan:
         """Returns what the kernels read; multiple is of queries in a tile."""
         out, dout = (x.astype(jnp.float32) for x in (out_BTNH, dout_BTNH))
         # Left to itself, XLA reads both as [B, N, T, H], a head at a time, and even
-        # stacks the outputs of all layers that way: six times as slow.
+        # stacks the outputs of all layers that way.
         delta_BTN = jax.lax.optimization_barrier((out * dout).sum(-1))
         delta_BNT = jnp.transpose(delta_BTN, (0, 2, 1))
         per_lse = -LOG2E if self.softcap else -1 / self.scale

@@ -59,7 +59,7 @@ def forward(
     b, t, n, h = q_BTNH.shape
     plan = Plan(q_BTNH.shape, k_BSKH.shape, scale=scale, softcap=softcap, tile=tile)
     # TMA copies rows of whole 16 bytes, so whole tiles of lse are written.
-    padded_t = plan.num_tiles * plan.block_t
+    padded_t = plan.num_tiles * plan.tile.queries
     padding = ((0, 0), (0, padded_t - t))
     if sinks_N is None:
         sinks_N = jnp.full(n, -jnp.inf, jnp.float32)

@@ -27,12 +27,8 @@ class Plan:
     tile: ForwardTile
 
     @property
-    def block_t(self) -> int:
-        return self.tile.queries
-
-    @property
     def num_tiles(self) -> int:
-        return pl.cdiv(self.q_shape[1], self.block_t)
+        return pl.cdiv(self.q_shape[1], self.tile.queries)
 
     @property
     def num_blocks(self) -> int:
@@ -46,7 +42,7 @@ class Plan:
     def steps(self, start_BT: jax.Array, end_BT: jax.Array) -> jax.Array:
         """Returns the bounds of each tile, [B, tiles, 4], in blocks of keys."""
         size, s = self.tile.block_kv, self.k_shape[1]
-        bounds = query_tile_bounds(start_BT, end_BT, s, self.block_t)
+        bounds = query_tile_bounds(start_BT, end_BT, s, self.tile.queries)
         lo, hi = bounds.lo // size, pl.cdiv(bounds.hi, size)
         full_lo = jnp.clip(pl.cdiv(bounds.full_lo, size), lo, hi)
         full_hi = jnp.clip(bounds.full_hi // size, full_lo, hi)

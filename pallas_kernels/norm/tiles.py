@@ -145,7 +145,7 @@ def _direct(width: int, itemsize: int) -> Tile | None:
     """Gives each wide row a block of its own, straight from and to global memory.
 
     With a residual, that was faster than rows in a ring of slots at all widths that
-    were measured from 4096 on, by 2 to 9 %: the device hands out blocks as others end.
+    were measured from 4096 on, by 2 to 7 %: the device hands out blocks as others end.
     """
     if width < 4096:
         return None
