@@ -7,7 +7,6 @@ Parameters, gradients and AdamW moments need 16 bytes each: 120 GiB, cut over al
 Not trained yet; see the plan of a run with --dry_run.
 """
 
-from jaxllm import presets
 from jaxllm.config import (
     CheckpointConfig,
     Config,
@@ -15,6 +14,7 @@ from jaxllm.config import (
     EvalConfig,
     MeshConfig,
     OptimizerConfig,
+    presets,
 )
 
 

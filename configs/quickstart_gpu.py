@@ -7,13 +7,13 @@ Expects the tokens of `make quickstart`. Every GPU takes a part of the batch and
 parameters; 64 rows fit 1, 2, 4, 8, 16 or 32 of them. Not measured yet.
 """
 
-from jaxllm import presets
 from jaxllm.config import (
     CheckpointConfig,
     Config,
     DataConfig,
     EvalConfig,
     OptimizerConfig,
+    presets,
 )
 
 

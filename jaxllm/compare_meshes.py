@@ -18,9 +18,10 @@ from absl import flags as absl_flags
 import sharding
 from jaxllm import flags
 from jaxllm.checkpoint.checksum import checksums
-from jaxllm.config import Config, InputError, MeshConfig, ModelConfig
+from jaxllm.config import Config, MeshConfig, ModelConfig
 from jaxllm.data.batches import load_batches
 from jaxllm.data.splits import check_vocab, open_splits
+from jaxllm.errors import InputError
 from jaxllm.step import Setup, compile_step, init_state, prepare
 from sharding import ShardingError
 

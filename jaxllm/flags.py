@@ -23,12 +23,11 @@ from absl import app, flags
 
 from jaxllm import membership
 from jaxllm.checkpoint import CheckpointError
-from jaxllm.config import Config, InputError
-from jaxllm.configfile import load_config, override
-from jaxllm.errors import FAILED, FINISHED, RESUMABLE, WRONG_INPUT
+from jaxllm.config import Config, load_config, override
+from jaxllm.config.fields import setting_types, settings, unknown_setting
+from jaxllm.config.saved import read_config
+from jaxllm.errors import FAILED, FINISHED, RESUMABLE, WRONG_INPUT, InputError
 from jaxllm.gpuflags import has_gpus, prepare_gpus
-from jaxllm.savedconfig import read_config
-from jaxllm.settings import setting_types, settings, unknown_setting
 from pallas_kernels.self_check import KernelMismatch
 from sharding import ShardingError
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import jax
 
 import pallas_kernels
-from jaxllm.config import Config, InputError
+from jaxllm.config import Config
+from jaxllm.errors import InputError
 from jaxllm.models.experts import ROWS_MULTIPLE
 from pallas_kernels import self_check
 from pallas_kernels.choice import Choice

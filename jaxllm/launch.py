@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxllm.config import InputError
+from jaxllm.errors import InputError
 
 # How to start processes by hand; SLURM's own variables need no help.
 COORDINATOR = "JAXLLM_COORDINATOR"  # host:port of process 0

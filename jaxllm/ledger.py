@@ -9,7 +9,7 @@ It reads the ledger that a run writes, under way or ended, and touches no device
 from pathlib import Path
 
 from jaxllm import flags
-from jaxllm.config import InputError
+from jaxllm.errors import InputError
 from jaxllm.resilience.ledger import FILE, read_ledger
 
 

@@ -22,7 +22,8 @@ import jax
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from jaxllm.config import InputError, LoggingConfig
+from jaxllm.config import LoggingConfig
+from jaxllm.errors import InputError
 from jaxllm.jsonlines import open_jsonlines
 
 FILE = "metrics.jsonl"

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxllm.config import InputError, OptimizerConfig
+from jaxllm.config import OptimizerConfig
+from jaxllm.errors import InputError
 from jaxllm.muon import has_muon, is_matrix, orthogonalize
 
 Axes = Any  # tree like the parameters, with their letters as leaves

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 
 from jaxllm.checkpoint import Checkpoints
-from jaxllm.config import InputError
 from jaxllm.data.splits import describe_change
+from jaxllm.errors import InputError
 from jaxllm.step import Setup, TrainState, init_state
 
 _log = logging.getLogger(__name__)

@@ -20,10 +20,11 @@ import sharding
 from jaxllm import distributed, flags, membership
 from jaxllm.bounds import place_bounds
 from jaxllm.checkpoint import Checkpoints
-from jaxllm.config import Config, InputError
+from jaxllm.config import Config
 from jaxllm.data.batches import Batches, batch_of, load_batches
 from jaxllm.data.splits import check_vocab, data_fingerprint, open_splits
 from jaxllm.diagnosis import Diagnosis, diagnose
+from jaxllm.errors import InputError
 from jaxllm.positions import Position, Positions
 from jaxllm.report import choices
 from jaxllm.resilience.anomalies import Anomalies

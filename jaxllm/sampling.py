@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import sharding
-from jaxllm.config import InputError
+from jaxllm.errors import InputError
 from jaxllm.models import Model, make_cache
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxllm.checkpoint import Checkpoints
-from jaxllm.config import Config, InputError
+from jaxllm.config import Config
 from jaxllm.data.manifest import MANIFEST
 from jaxllm.data.tokenizers import HFTokenizer, Tokenizer, load_tokenizer
+from jaxllm.errors import InputError
 from jaxllm.workdir import CHECKPOINTS, TOKENIZER
 
 Which = int | Literal["latest", "best"]

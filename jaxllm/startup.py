@@ -12,7 +12,8 @@ import jax
 
 import sharding
 from jaxllm.checkpoint import Checkpoints
-from jaxllm.config import Config, InputError
+from jaxllm.config import Config
+from jaxllm.config.saved import write_config
 from jaxllm.data.batches import Batches, load_batches
 from jaxllm.data.formats import TokenSplit
 from jaxllm.data.splits import (
@@ -21,6 +22,7 @@ from jaxllm.data.splits import (
     open_splits,
 )
 from jaxllm.distributed import Poll, describe, is_lead, of_lead, on_lead
+from jaxllm.errors import InputError
 from jaxllm.evaluate import held_out
 from jaxllm.kernels import check_kernels
 from jaxllm.metrics import MetricsWriter, check_loggers
@@ -31,7 +33,6 @@ from jaxllm.resilience.anomalies import Anomalies
 from jaxllm.resilience.ledger import Ledger
 from jaxllm.resilience.phases import Phases
 from jaxllm.run import Run
-from jaxllm.savedconfig import write_config
 from jaxllm.savedrun import save_tokenizer
 from jaxllm.step import (
     Setup,

@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 import sharding
 from jaxllm import tokenize
 from jaxllm.compilation import use_compilation_cache
-from jaxllm.configfile import load_config
+from jaxllm.config import load_config
 from jaxllm.data.batches import load_batches
 from jaxllm.data.splits import open_splits
 from jaxllm.data.tokenizers import load_tokenizer

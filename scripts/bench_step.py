@@ -35,7 +35,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxllm import presets
+from jaxllm.config import presets
 
 SCRIPTS = Path(__file__).parent
 KERNELS: tuple[str, ...] = ("attention", "norm", "cross_entropy")
@@ -75,7 +75,7 @@ class Job:
     profile: bool  # afterwards, where its time goes
     steps: int  # a reading of the clock
     readings: int
-    preset: str  # of jaxllm.presets
+    preset: str  # of jaxllm.config.presets
     changes: Mapping[str, Any]  # of its fields
     model: Mapping[str, Any]  # the same, as torch reads it
 

@@ -19,10 +19,15 @@ import jax
 import numpy as np
 
 import sharding
-from jaxllm import presets
 from jaxllm.budget import flops_per_token, peak_flops
-from jaxllm.config import Config, DataConfig, MeshConfig, OptimizerConfig
-from jaxllm.configfile import override
+from jaxllm.config import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    OptimizerConfig,
+    override,
+    presets,
+)
 from jaxllm.gpuflags import has_gpus, prepare_gpus
 from jaxllm.profile import TRACEABLE, explain, trace
 from jaxllm.step import Setup, compile_step, init_state, prepare

@@ -30,7 +30,7 @@ from jaxllm.compare_meshes import (
     standard_meshes,
     tolerance_of,
 )
-from jaxllm.config import InputError
+from jaxllm.errors import InputError
 from jaxllm.launch import COORDINATOR, NUM_PROCESSES, PROCESS_ID
 
 ROW = "{:<28} {:>9}  {:<10} {:>8} {:>9}".format

@@ -8,7 +8,7 @@ python scripts/settings_table.py --check
 import sys
 from pathlib import Path
 
-from jaxllm.settings import section_names, settings
+from jaxllm.config.fields import section_names, settings
 
 PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
 
@@ -18,7 +18,7 @@ def markdown() -> str:
     lines = [
         "# Settings",
         "",
-        "Made from `jaxllm/config.py` and `jaxllm/modelconfig.py` by",
+        "Made from `jaxllm/config/sections.py` and `jaxllm/config/model.py` by",
         "`scripts/settings_table.py`. A config file sets them; on the command line,",
         "`--config.optimizer.lr=3e-4` overrides it.",
     ]

@@ -34,8 +34,8 @@ from jaxllm.config import (
     LoggingConfig,
     ModelConfig,
     OptimizerConfig,
+    override,
 )
-from jaxllm.configfile import override
 from jaxllm.train import train
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -21,9 +21,10 @@ import sharding
 from jaxllm import startup, step
 from jaxllm.bounds import select
 from jaxllm.checkpoint import Checkpoints
-from jaxllm.config import AnomalyConfig, Config, InputError
+from jaxllm.config import AnomalyConfig, Config
 from jaxllm.data.batches import batch_of, load_batches
 from jaxllm.data.splits import open_splits
+from jaxllm.errors import InputError
 from jaxllm.resilience.anomalies import MIN_STEPS, WINDOW, Anomalies
 from jaxllm.step import prepare
 from jaxllm.train import train

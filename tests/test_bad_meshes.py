@@ -17,12 +17,12 @@ import sharding
 from jaxllm.config import (
     Config,
     DataConfig,
-    InputError,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
+    override,
 )
-from jaxllm.configfile import override
+from jaxllm.errors import InputError
 from jaxllm.models import Model, make_cache
 from jaxllm.step import prepare
 from sharding import ShardingError

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxllm import presets
 from jaxllm.budget import (
     BFLOAT16_PEAKS,
     flops_per_token,
@@ -20,7 +19,7 @@ from jaxllm.budget import (
     num_parameters,
     peak_flops,
 )
-from jaxllm.config import KernelsConfig, MoEConfig
+from jaxllm.config import KernelsConfig, MoEConfig, presets
 from jaxllm.models import Model
 
 TINY = presets.tiny_1m()

@@ -15,7 +15,8 @@ import pytest
 import tensorstore
 
 from jaxllm.checkpoint import Checkpoints
-from jaxllm.config import CheckpointConfig, InputError
+from jaxllm.config import CheckpointConfig
+from jaxllm.errors import InputError
 
 ALL = CheckpointConfig(keep_latest=100)
 

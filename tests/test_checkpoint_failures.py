@@ -21,7 +21,8 @@ import numpy as np
 import pytest
 
 from jaxllm.checkpoint import CheckpointError, Checkpoints
-from jaxllm.config import CheckpointConfig, InputError
+from jaxllm.config import CheckpointConfig
+from jaxllm.errors import InputError
 
 ALL = CheckpointConfig(keep_latest=100)
 BIG = {"w": jnp.ones(2**20)}  # 4 MiB

@@ -17,7 +17,8 @@ from jaxllm.compare_meshes import (
     standard_meshes,
     tolerance_of,
 )
-from jaxllm.config import InputError, MeshConfig
+from jaxllm.config import MeshConfig
+from jaxllm.errors import InputError
 
 MESHES = [{"fsdp": 4}, {"tensor": 16}, {"tensor": 4}, {"expert": 2}, {"rows": 2}]
 

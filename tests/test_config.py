@@ -5,17 +5,17 @@ import dataclasses
 
 import pytest
 
-from jaxllm import presets
 from jaxllm.config import (
     Config,
     DataConfig,
     EvalConfig,
-    InputError,
     MeshConfig,
     OptimizerConfig,
+    override,
+    presets,
 )
-from jaxllm.configfile import override
-from jaxllm.settings import settings
+from jaxllm.config.fields import settings
+from jaxllm.errors import InputError
 
 CONFIG = Config(
     steps=100,

@@ -7,17 +7,17 @@ import json
 import numpy as np
 import pytest
 
-from jaxllm import presets
-from jaxllm.config import Config, DataConfig, InputError, OptimizerConfig
-from jaxllm.configfile import (
-    check_types,
-    config_from_dict,
-    config_to_dict,
-    flatten,
+from jaxllm.config import (
+    Config,
+    DataConfig,
+    OptimizerConfig,
     load_config,
     override,
+    presets,
 )
-from jaxllm.settings import unknown_setting
+from jaxllm.config.fields import unknown_setting
+from jaxllm.config.files import check_types, config_from_dict, config_to_dict, flatten
+from jaxllm.errors import InputError
 
 CONFIG = Config(
     steps=100,

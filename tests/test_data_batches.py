@@ -10,10 +10,11 @@ import jax
 import numpy as np
 import pytest
 
-from jaxllm.config import DataConfig, InputError
+from jaxllm.config import DataConfig
 from jaxllm.data import batches as batches_module
 from jaxllm.data.batches import eval_batches, load_batches
 from jaxllm.data.formats import TokenSplit
+from jaxllm.errors import InputError
 
 LENGTH, BATCH = 16, 8
 NAMES = ("tokens", "targets", "segments", "positions")

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxllm.config import InputError
 from jaxllm.data.formats import TokenSplit, open_tokens, verify
 from jaxllm.data.tokenfolder import TokenSettings, make_token_folder
+from jaxllm.errors import InputError
 
 TOKENS = np.arange(1000) * 7 % 50257
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxllm.config import InputError
 from jaxllm.data.mixture import MAX_ROWS, draw, mix_rows
+from jaxllm.errors import InputError
 
 SHARES = st.lists(st.integers(1, 40), min_size=1, max_size=5)
 

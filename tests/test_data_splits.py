@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from jaxllm.config import DataConfig, InputError
+from jaxllm.config import DataConfig
 from jaxllm.data import splits as splits_module
 from jaxllm.data.formats import TokenSplit
 from jaxllm.data.splits import (
@@ -16,6 +16,7 @@ from jaxllm.data.splits import (
     describe_change,
     open_splits,
 )
+from jaxllm.errors import InputError
 
 
 def write_tokens(path, num_tokens, seed=0) -> str:

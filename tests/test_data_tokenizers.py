@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
 
-from jaxllm.config import InputError
 from jaxllm.data.tokenizers import (
     BytesTokenizer,
     load_tokenizer,
     train_bpe,
     trained_vocab_size,
 )
+from jaxllm.errors import InputError
 
 TEXTS = [
     "def add(a, b):\n    return a + b\n",

@@ -21,8 +21,8 @@ import pyarrow.parquet
 import pytest
 
 from jaxllm import flags, tokenize
+from jaxllm.config.fields import section_names, setting_types
 from jaxllm.data.tokenizers import train_bpe
-from jaxllm.settings import section_names, setting_types
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
@@ -93,7 +93,7 @@ TINY = {
     "logging.every": 1,
 }
 TINY_CONFIG = """\
-from jaxllm.configfile import load_config
+from jaxllm.config import load_config
 
 def get_config():
     return load_config({path!r}, {tiny!r})

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import sharding
-from jaxllm.config import InputError
-from jaxllm.configfile import override
+from jaxllm.config import override
+from jaxllm.config.saved import read_config
+from jaxllm.errors import InputError
 from jaxllm.evaluate import evaluate, evaluate_run, held_out
-from jaxllm.savedconfig import read_config
 from jaxllm.savedrun import load_params
 from jaxllm.step import compile_eval, prepare
 

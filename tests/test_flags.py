@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 import sharding
-from jaxllm import flags, presets
+from jaxllm import flags
 from jaxllm.checkpoint import CheckpointError
-from jaxllm.config import Config, DataConfig, InputError, OptimizerConfig
-from jaxllm.savedconfig import write_config
-from jaxllm.settings import settings
+from jaxllm.config import Config, DataConfig, OptimizerConfig, presets
+from jaxllm.config.fields import settings
+from jaxllm.config.saved import write_config
+from jaxllm.errors import InputError
 
 PROGRAM = '''\
 """Train something."""

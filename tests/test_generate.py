@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.config import InputError
+from jaxllm.config.saved import read_config
 from jaxllm.data.tokenizers import BytesTokenizer
+from jaxllm.errors import InputError
 from jaxllm.generate import generate, load_for_generation
 from jaxllm.sampling import Sampling
-from jaxllm.savedconfig import read_config
 
 GREEDY = Sampling(temperature=0.0)
 

@@ -21,7 +21,7 @@ import pytest
 
 import pallas_kernels
 import sharding
-from jaxllm.configfile import load_config
+from jaxllm.config import load_config
 from jaxllm.step import compile_step, init_state, prepare
 from pallas_kernels import offline
 from pallas_kernels.offline import OPERATIONS

@@ -5,8 +5,8 @@ import jax
 import pytest
 
 import sharding
-from jaxllm.config import Config, DataConfig, InputError, ModelConfig, OptimizerConfig
-from jaxllm.configfile import override
+from jaxllm.config import Config, DataConfig, ModelConfig, OptimizerConfig, override
+from jaxllm.errors import InputError
 from jaxllm.kernels import choose_kernels
 from jaxllm.report import choices
 from jaxllm.step import prepare

@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from jaxllm.config import InputError
+from jaxllm.errors import InputError
 from jaxllm.launch import (
     Launch,
     check_devices,

@@ -17,12 +17,17 @@ PACKAGES = ("sharding", "pallas_kernels", "jaxllm")
 LAYERS = (
     ("sharding", "pallas_kernels"),
     ("jaxllm.errors",),
-    ("jaxllm.checks", "jaxllm.jsonlines"),
-    ("jaxllm.modelconfig",),
+    ("jaxllm.config.checks", "jaxllm.jsonlines"),
+    ("jaxllm.config.model",),
     ("jaxllm.config",),
-    ("jaxllm.presets", "jaxllm.settings", "jaxllm.compilation", "jaxllm.gpuflags"),
-    ("jaxllm.configfile", "jaxllm.console", "jaxllm.resilience"),
-    ("jaxllm.savedconfig", "jaxllm.launch"),
+    (
+        "jaxllm.config.presets",
+        "jaxllm.config.fields",
+        "jaxllm.compilation",
+        "jaxllm.gpuflags",
+    ),
+    ("jaxllm.config.files", "jaxllm.console", "jaxllm.resilience"),
+    ("jaxllm.config.saved", "jaxllm.launch"),
     ("jaxllm.distributed",),
     ("jaxllm.membership",),
     ("jaxllm.models", "jaxllm.data", "jaxllm.budget", "jaxllm.metrics"),
@@ -44,9 +49,9 @@ LAYERS = (
     ("jaxllm.checkpoint.__main__",),
 )
 STANDARD_LIBRARY_ONLY = (
-    *("jaxllm.errors", "jaxllm.checks", "jaxllm.modelconfig", "jaxllm.config"),
-    *("jaxllm.presets", "jaxllm.settings", "jaxllm.configfile"),
-    "jaxllm.savedconfig",
+    *("jaxllm.errors", "jaxllm.config.checks", "jaxllm.config.model", "jaxllm.config"),
+    *("jaxllm.config.presets", "jaxllm.config.fields", "jaxllm.config.files"),
+    "jaxllm.config.saved",
 )
 # Third-party package -> where it may be imported.
 USERS = {

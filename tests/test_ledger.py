@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from jaxllm.checkpoint import Checkpoints
 from jaxllm.config import CheckpointConfig
-from jaxllm.configfile import config_to_dict
+from jaxllm.config.files import config_to_dict
 from jaxllm.jsonlines import read_jsonlines
 from jaxllm.resilience.ledger import FILE, KINDS, Account, Ledger, read_ledger
 from jaxllm.resilience.phases import Phases, process_age_s
@@ -205,7 +205,7 @@ def test_killed_and_resumed_a_run_accounts_for_the_time_on_the_wall(tiny, tmp_pa
     slow = {"steps": 200, "data.batch_size": 64, "checkpoint.every": 80}
     config = config_to_dict(tiny({**slow, "eval.every": 0}))
     (tmp_path / "run.py").write_text(
-        "from jaxllm.configfile import config_from_dict\n"
+        "from jaxllm.config.files import config_from_dict\n"
         f"def get_config():\n    return config_from_dict({config!r})\n"
     )
     command = [sys.executable, "-m", "jaxllm.train", "--config=run.py"]

@@ -14,14 +14,14 @@ import sharding
 from courses import DATA, ONE_DEVICE, STEPS, WORDS, check_equal, packed_batch, train
 from jaxllm.config import (
     Config,
-    InputError,
     KernelsConfig,
     LossConfig,
     ModelConfig,
     MoEConfig,
     OptimizerConfig,
+    override,
 )
-from jaxllm.configfile import override
+from jaxllm.errors import InputError
 from jaxllm.kernels import choose_kernels
 from jaxllm.models import make_cache
 from jaxllm.step import compile_eval, compile_step, prepare

@@ -28,8 +28,8 @@ from jaxllm.config import (
     ModelConfig,
     MoEConfig,
     OptimizerConfig,
+    override,
 )
-from jaxllm.configfile import override
 from jaxllm.models.moe import MoE
 from jaxllm.step import prepare
 from jaxllm.train import train as run_training

@@ -24,8 +24,7 @@ from courses import (
     packed_batch,
     train,
 )
-from jaxllm.config import Config, LossConfig, ModelConfig, OptimizerConfig
-from jaxllm.configfile import override
+from jaxllm.config import Config, LossConfig, ModelConfig, OptimizerConfig, override
 from jaxllm.step import compile_eval
 
 CONFIG = Config(

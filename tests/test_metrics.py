@@ -19,7 +19,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from jaxllm import metrics as metrics_module
-from jaxllm.config import InputError, LoggingConfig
+from jaxllm.config import LoggingConfig
+from jaxllm.errors import InputError
 from jaxllm.metrics import LateMetrics, MetricsWriter, device_memory_bytes
 
 JSONL_ONLY = LoggingConfig(tensorboard=False)

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm import budget, presets
-from jaxllm.config import LossConfig, ModelConfig, MoEConfig
+from jaxllm import budget
+from jaxllm.config import LossConfig, ModelConfig, MoEConfig, presets
 from jaxllm.loss import next_token_loss
 from jaxllm.models import Model, make_cache
 

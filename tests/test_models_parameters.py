@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import sharding
-from jaxllm import presets
+from jaxllm.config import presets
 from jaxllm.models import Model
 from jaxllm.models.parameters import (
     embed,

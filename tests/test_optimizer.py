@@ -13,7 +13,8 @@ import optax
 import pytest
 
 import sharding
-from jaxllm.config import InputError, OptimizerConfig
+from jaxllm.config import OptimizerConfig
+from jaxllm.errors import InputError
 from jaxllm.muon import is_matrix
 from jaxllm.optimizer import make_optimizer, make_schedule, muon_parameters
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from jaxllm.checkpoint import find_steps
-from jaxllm.configfile import config_to_dict
+from jaxllm.config.files import config_to_dict
 from jaxllm.resilience.preemption import stop_signals
 
 RESUMABLE = 75
@@ -94,7 +94,7 @@ def stop(training: Training, number: int, moment: str):
 def folder(tiny, tmp_path) -> Path:
     config = config_to_dict(tiny({"steps": 100_000, "eval.every": 0}))
     (tmp_path / "run.py").write_text(
-        "from jaxllm.configfile import config_from_dict\n"
+        "from jaxllm.config.files import config_from_dict\n"
         f"def get_config():\n    return config_from_dict({config!r})\n"
     )
     return tmp_path

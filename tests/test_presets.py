@@ -5,9 +5,9 @@ import inspect
 
 import pytest
 
-from jaxllm import presets
 from jaxllm.budget import num_active_parameters, num_parameters
-from jaxllm.config import InputError, ModelConfig
+from jaxllm.config import ModelConfig, presets
+from jaxllm.errors import InputError
 
 KNOWN = {
     "tiny_1m": 920_704,

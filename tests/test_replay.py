@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 import sharding
-from jaxllm.config import InputError
 from jaxllm.data.batches import load_batches
 from jaxllm.data.splits import open_splits
 from jaxllm.diagnosis import diagnose
+from jaxllm.errors import InputError
 from jaxllm.replay import describe, replay
 from jaxllm.step import init_state, prepare
 

@@ -15,7 +15,7 @@ import pytest
 import sharding
 from jaxllm.checkpoint import Checkpoints
 from jaxllm.config import Config
-from jaxllm.configfile import config_to_dict
+from jaxllm.config.files import config_to_dict
 from jaxllm.step import prepare
 from jaxllm.train import train
 from jaxllm.workdir import CHECKPOINTS
@@ -145,7 +145,7 @@ def test_a_killed_run_ends_like_an_undisturbed_one(tiny, tmp_path):
     """Runs scripts/chaos.py, which says what it compares."""
     config = tiny({"steps": 60, "eval.every": 20, "checkpoint.every": 15})
     (tmp_path / "config.py").write_text(
-        "from jaxllm.configfile import config_from_dict\n"
+        "from jaxllm.config.files import config_from_dict\n"
         f"def get_config():\n    return config_from_dict({config_to_dict(config)!r})\n"
     )
     script = Path(__file__).parents[1] / "scripts" / "chaos.py"

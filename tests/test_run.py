@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import sharding
-from jaxllm.config import InputError
-from jaxllm.configfile import config_to_dict
+from jaxllm.config.files import config_to_dict
+from jaxllm.errors import InputError
 from jaxllm.resilience.phases import Phases
 from jaxllm.startup import open_run
 from sharding import ShardingError
@@ -27,7 +27,7 @@ def folder(tiny, tmp_path) -> Path:
     """A folder with the config file run.py, of four steps."""
     config = config_to_dict(tiny({"steps": 4}))
     (tmp_path / "run.py").write_text(
-        "from jaxllm.configfile import config_from_dict\n"
+        "from jaxllm.config.files import config_from_dict\n"
         f"def get_config():\n    return config_from_dict({config!r})\n"
     )
     return tmp_path

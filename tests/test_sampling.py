@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sharding
-from jaxllm.config import InputError, ModelConfig
+from jaxllm.config import ModelConfig
+from jaxllm.errors import InputError
 from jaxllm.models import Model
 from jaxllm.sampling import Sampling, keep_likely, sample_tokens
 

@@ -8,13 +8,9 @@ import os
 
 import pytest
 
-from jaxllm.config import Config, DataConfig, InputError, ModelConfig, OptimizerConfig
-from jaxllm.savedconfig import (
-    compare_configs,
-    read_config,
-    read_values,
-    write_config,
-)
+from jaxllm.config import Config, DataConfig, ModelConfig, OptimizerConfig
+from jaxllm.config.saved import compare_configs, read_config, read_values, write_config
+from jaxllm.errors import InputError
 
 CONFIG = Config(
     steps=10,

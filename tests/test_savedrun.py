@@ -9,10 +9,10 @@ import jax
 import pytest
 
 from jaxllm import tokenize
-from jaxllm.config import InputError
+from jaxllm.config.saved import read_config
 from jaxllm.data.tokenizers import BytesTokenizer, HFTokenizer, load_tokenizer
+from jaxllm.errors import InputError
 from jaxllm.models import Model
-from jaxllm.savedconfig import read_config
 from jaxllm.savedrun import (
     load_params,
     load_run_tokenizer,

@@ -7,7 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxllm.settings import convert, read_text, setting_types, settings, type_problems
+from jaxllm.config.fields import (
+    convert,
+    read_text,
+    setting_types,
+    settings,
+    type_problems,
+)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,7 @@ import optax
 import pytest
 
 import sharding
-from jaxllm import presets
-from jaxllm.config import OptimizerConfig
+from jaxllm.config import OptimizerConfig, presets
 from jaxllm.models import Model
 from jaxllm.optimizer import make_optimizer
 from sharding import ShardingError, abstract_mesh, plan

@@ -20,8 +20,14 @@ import pytest
 
 import jaxllm.models.mlp
 import sharding
-from jaxllm.config import Config, DataConfig, LossConfig, ModelConfig, OptimizerConfig
-from jaxllm.configfile import override
+from jaxllm.config import (
+    Config,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    override,
+)
 from jaxllm.step import compile_step, prepare
 from pallas_kernels import offline
 from sharding.hlo import bytes_of

@@ -9,8 +9,14 @@ import numpy as np
 import pytest
 
 import sharding
-from jaxllm.config import Config, DataConfig, LossConfig, ModelConfig, OptimizerConfig
-from jaxllm.configfile import override
+from jaxllm.config import (
+    Config,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    override,
+)
 from jaxllm.report import choices
 from jaxllm.step import compile_step, init_state, prepare
 from pallas_kernels import mosaic

@@ -10,8 +10,8 @@ import signal
 
 import pytest
 
-from jaxllm.config import InputError
-from jaxllm.savedconfig import write_config
+from jaxllm.config.saved import write_config
+from jaxllm.errors import InputError
 from jaxllm.workdir import claim
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jaxllm import flags
 from jaxllm.checkpoint import CheckpointError, find_steps, verify_step
-from jaxllm.config import InputError
+from jaxllm.errors import InputError
 from jaxllm.workdir import CHECKPOINTS
 
 

@@ -28,7 +28,8 @@ from jaxllm.checkpoint.reading import (
     with_checksums,
 )
 from jaxllm.checkpoint.steps import find_steps, set_aside
-from jaxllm.config import CheckpointConfig, InputError
+from jaxllm.config import CheckpointConfig
+from jaxllm.errors import InputError
 
 _log = logging.getLogger(__name__)
 

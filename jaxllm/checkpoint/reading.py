@@ -14,7 +14,7 @@ from orbax.checkpoint import v1 as ocp
 from jaxllm.checkpoint.checksum import checksums, json_checksum
 from jaxllm.checkpoint.errors import CheckpointError, reason
 from jaxllm.checkpoint.leftovers import end_leftovers
-from jaxllm.config import InputError
+from jaxllm.errors import InputError
 
 _log = logging.getLogger(__name__)
 _CHECKSUMS = "checksums"  # in data.json, by path of the array

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Collection
 from pathlib import Path
 
-from jaxllm.config import InputError
+from jaxllm.errors import InputError
 
 _PARTS = (  # of every whole step; hashes of the contents would be checked with them
     "commit_success.txt",

@@ -13,10 +13,11 @@ import grain
 import jax
 import numpy as np
 
-from jaxllm.config import DataConfig, InputError
+from jaxllm.config import DataConfig
 from jaxllm.data.formats import TokenSplit
 from jaxllm.data.mixture import mix_rows
 from jaxllm.data.packing import PackedSplit, Rows, empty_rows, pack
+from jaxllm.errors import InputError
 from sharding import Placement
 
 FOREVER = 2**40  # steps of a stream without end

@@ -6,7 +6,7 @@ import struct
 
 import numpy as np
 
-from jaxllm.config import InputError
+from jaxllm.errors import InputError
 
 # Source: llm.c, dev/data/data_common.py. The header is 256 int32; [2] counts tokens.
 _LLMC_HEADER_BYTES = 1024

@@ -25,7 +25,6 @@ from typing import Literal
 
 import numpy as np
 
-from jaxllm.config import InputError
 from jaxllm.data.foreign import map_file, open_foreign
 from jaxllm.data.manifest import (
     ENDS_DTYPE,
@@ -37,6 +36,7 @@ from jaxllm.data.manifest import (
     hash_file,
     read_manifest,
 )
+from jaxllm.errors import InputError
 
 _EVAL_NAME = re.compile(r"(?<![a-z])(val|valid|validation|eval|test)(?![a-z])")
 

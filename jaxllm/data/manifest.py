@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxllm.config import InputError
+from jaxllm.errors import InputError
 
 FORMAT = "jaxllm tokens 1"  # the number changes with the layout or the tokenization
 MANIFEST = "manifest.json"

@@ -13,7 +13,7 @@ from fractions import Fraction
 import grain
 import numpy as np
 
-from jaxllm.config import InputError
+from jaxllm.errors import InputError
 
 MAX_ROWS = 2**32  # Grain shuffles 32-bit numbers
 

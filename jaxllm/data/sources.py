@@ -9,7 +9,7 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from jaxllm.config import InputError
+from jaxllm.errors import InputError
 
 STDIN = "-"
 STDLIB = "python:stdlib"

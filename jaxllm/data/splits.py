@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxllm.config import DataConfig, InputError
+from jaxllm.config import DataConfig
 from jaxllm.data.formats import TokenSplit, open_tokens
+from jaxllm.errors import InputError
 
 ORDER_VERSION = 1  # raise it when the same settings begin to give other batches
 

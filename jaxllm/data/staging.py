@@ -15,7 +15,6 @@ import shutil
 import sys
 from collections.abc import Iterator
 
-from jaxllm.config import InputError
 from jaxllm.data.manifest import (
     MANIFEST,
     PARTIAL,
@@ -23,7 +22,7 @@ from jaxllm.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from jaxllm.errors import FullDiskError
+from jaxllm.errors import FullDiskError, InputError
 
 _OLD = "replaced"  # within the hidden folder: the manifest of what is overwritten
 _LOCK = "lock"

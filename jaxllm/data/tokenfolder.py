@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 
-from jaxllm.config import InputError
 from jaxllm.data.corpus import read_pieces
 from jaxllm.data.encoding import Encoded, encode_pieces
 from jaxllm.data.manifest import TOKENIZER, Manifest, SplitEntry, token_dtype
@@ -25,6 +24,7 @@ from jaxllm.data.tokenizers import (
     train_bpe,
     trained_vocab_size,
 )
+from jaxllm.errors import InputError
 
 TRAINING_BYTES = 2**26  # of text, at most, that a BPE is trained on
 _WORKER_BYTES = 2**22  # of text that make it worth to start a worker

@@ -15,13 +15,13 @@ from typing import Literal
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from jaxllm.config import InputError
 from jaxllm.data.manifest import (
     MANIFEST,
     TOKENIZER,
     TokenizerEntry,
     read_manifest,
 )
+from jaxllm.errors import InputError
 
 END_OF_DOCUMENT = "<|endoftext|>"  # of a BPE trained here
 MAX_TRAINED_VOCAB = 1_000_000

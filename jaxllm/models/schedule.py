@@ -18,8 +18,8 @@ backward passes, as in Huang et al., "GPipe" (arXiv:1811.06965).
 import dataclasses
 import math
 
-from jaxllm.checks import divisors, neighbours
 from jaxllm.config import ModelConfig
+from jaxllm.config.checks import divisors, neighbours
 from sharding import ShardingError
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every setting of a run, with its meaning, its default and its checks.
 
-One frozen dataclass a consumer; those of the model are in modelconfig.py. A class
+One frozen dataclass a consumer; those of the model are in model.py. A class
 checks its own fields when it is made; `Config` checks what holds between sections.
 Standard library only: a config can be read, written and refused without importing JAX.
 """
@@ -10,10 +10,9 @@ import dataclasses
 import math
 from typing import Literal
 
-from jaxllm.checks import check_not_negative, check_positive, neighbours
+from jaxllm.config.checks import check_not_negative, check_positive, neighbours
+from jaxllm.config.model import ModelConfig
 from jaxllm.errors import InputError
-from jaxllm.modelconfig import ModelConfig
-from jaxllm.modelconfig import MoEConfig as MoEConfig  # a config file needs one import
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

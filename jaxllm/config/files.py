@@ -17,8 +17,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxllm.config import Config, InputError
-from jaxllm.settings import (
+from jaxllm.config.fields import (
     convert,
     read_text,
     section_names,
@@ -26,6 +25,8 @@ from jaxllm.settings import (
     type_problems,
     unknown_setting,
 )
+from jaxllm.config.sections import Config
+from jaxllm.errors import InputError
 
 Overrides = Mapping[str, Any] | Iterable[tuple[str, Any]]
 

@@ -15,7 +15,7 @@ import types
 import typing
 from typing import Any, Literal
 
-from jaxllm.config import Config
+from jaxllm.config.sections import Config
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,12 @@
 import dataclasses
 from typing import Literal
 
-from jaxllm.checks import check_not_negative, check_positive, divisors, neighbours
+from jaxllm.config.checks import (
+    check_not_negative,
+    check_positive,
+    divisors,
+    neighbours,
+)
 from jaxllm.errors import InputError
 
 

@@ -11,9 +11,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from jaxllm.config import Config, InputError
-from jaxllm.configfile import config_from_dict, config_to_dict
-from jaxllm.settings import setting_defaults
+from jaxllm.config.fields import setting_defaults
+from jaxllm.config.files import config_from_dict, config_to_dict
+from jaxllm.config.sections import Config
+from jaxllm.errors import InputError
 
 _log = logging.getLogger(__name__)
 

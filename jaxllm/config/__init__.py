@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run is: every setting and its checks, model sizes by name, config files.
+
+Standard library only: a config can be read, written and refused without importing JAX.
+"""
+
+from jaxllm.config import presets
+from jaxllm.config.files import load_config, override
+from jaxllm.config.model import ModelConfig, MoEConfig
+from jaxllm.config.sections import (
+    AnomalyConfig,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    DistributedConfig,
+    EvalConfig,
+    KernelsConfig,
+    LoggingConfig,
+    LossConfig,
+    MeshConfig,
+    OptimizerConfig,
+)
+
+__all__ = [
+    "AnomalyConfig",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "DistributedConfig",
+    "EvalConfig",
+    "KernelsConfig",
+    "LoggingConfig",
+    "LossConfig",
+    "MeshConfig",
+    "MoEConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "load_config",
+    "override",
+    "presets",
+]
