@@ -14,7 +14,8 @@ import numpy as np
 from absl import flags as absl_flags
 
 import sharding
-from jaxllm import distributed, flags, membership
+from jaxllm import flags
+from jaxllm.cluster import agreement, membership
 from jaxllm.config import Config
 from jaxllm.data.batches import Batches, eval_batches
 from jaxllm.data.splits import check_vocab, open_splits
@@ -79,7 +80,7 @@ def main(argv: list[str]):
     which = read_step(absl_flags.FLAGS.step)
     membership.join(config.distributed)
     result = evaluate_run(workdir, config, which)
-    if distributed.is_lead():
+    if agreement.is_lead():
         print(json.dumps(result))
 
 

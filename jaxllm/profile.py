@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 import sharding
-from jaxllm.resilience.phases import Phases
+from jaxllm.cluster.phases import Phases
 from jaxllm.timeline import format_timeline, share_time
 from jaxllm.traces import read_events
 

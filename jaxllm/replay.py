@@ -17,9 +17,10 @@ import numpy as np
 from absl import flags as absl_flags
 
 import sharding
-from jaxllm import distributed, flags, membership
+from jaxllm import flags
 from jaxllm.bounds import place_bounds
 from jaxllm.checkpoint import Checkpoints
+from jaxllm.cluster import agreement, membership
 from jaxllm.config import Config
 from jaxllm.data.batches import Batches, batch_of, load_batches
 from jaxllm.data.splits import check_vocab, data_fingerprint, open_splits
@@ -192,7 +193,7 @@ def main(argv: list[str]):
         raise InputError("--step is missing; give the number of a step.")
     membership.join(config.distributed)
     found = replay(workdir, config, values.step, values.batch)
-    if distributed.is_lead():
+    if agreement.is_lead():
         print(describe(found))
 
 

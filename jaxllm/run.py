@@ -13,17 +13,17 @@ import jax
 
 from jaxllm import budget
 from jaxllm.bounds import place_bounds
+from jaxllm.cluster.agreement import Poll, is_lead
+from jaxllm.cluster.phases import Phases
+from jaxllm.cluster.stragglers import Stragglers
 from jaxllm.data.batches import Batches, batch_of
-from jaxllm.distributed import Poll, is_lead
 from jaxllm.evaluate import evaluate, held_out
 from jaxllm.metrics import LateMetrics, MetricsWriter, device_memory_bytes
 from jaxllm.positions import Position, Positions
 from jaxllm.profile import Profiler
 from jaxllm.resilience.anomalies import Anomalies, Rewind
 from jaxllm.resilience.ledger import Ledger
-from jaxllm.resilience.phases import Phases
 from jaxllm.step import Setup, TrainState
-from jaxllm.stragglers import Stragglers
 
 _log = logging.getLogger(__name__)
 

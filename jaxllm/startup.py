@@ -12,6 +12,9 @@ import jax
 
 import sharding
 from jaxllm.checkpoint import Checkpoints
+from jaxllm.cluster.agreement import Poll, describe, is_lead, of_lead, on_lead
+from jaxllm.cluster.phases import Phases
+from jaxllm.cluster.stragglers import Stragglers
 from jaxllm.config import Config
 from jaxllm.config.saved import write_config
 from jaxllm.data.batches import Batches, load_batches
@@ -21,7 +24,6 @@ from jaxllm.data.splits import (
     data_fingerprint,
     open_splits,
 )
-from jaxllm.distributed import Poll, describe, is_lead, of_lead, on_lead
 from jaxllm.errors import InputError
 from jaxllm.evaluate import held_out
 from jaxllm.kernels import check_kernels
@@ -31,7 +33,6 @@ from jaxllm.profile import FOLDER, SKIPPED, TRACEABLE, Profiler
 from jaxllm.report import choices, cost_report
 from jaxllm.resilience.anomalies import Anomalies
 from jaxllm.resilience.ledger import Ledger
-from jaxllm.resilience.phases import Phases
 from jaxllm.run import Run
 from jaxllm.savedrun import save_tokenizer
 from jaxllm.step import (
@@ -41,7 +42,6 @@ from jaxllm.step import (
     compile_step,
     prepare,
 )
-from jaxllm.stragglers import Stragglers
 from jaxllm.workdir import CHECKPOINTS, claim
 
 Compiled = jax.stages.Compiled

@@ -17,14 +17,15 @@ from typing import Any
 from absl import flags as absl_flags
 
 import sharding
-from jaxllm import distributed, flags, membership
+from jaxllm import flags
+from jaxllm.cluster import agreement, membership
+from jaxllm.cluster.phases import Phases, process_age_s
+from jaxllm.cluster.preemption import Preempted, stop_signals
 from jaxllm.compilation import use_compilation_cache
 from jaxllm.config import Config
 from jaxllm.console import Console
 from jaxllm.report import full_report
 from jaxllm.resilience.anomalies import Rewind
-from jaxllm.resilience.phases import Phases, process_age_s
-from jaxllm.resilience.preemption import Preempted, stop_signals
 from jaxllm.run import Run
 from jaxllm.startup import open_run
 from jaxllm.step import prepare
@@ -121,7 +122,7 @@ def main(argv: list[str]) -> int:
     workdir = flags.workdir_from_flags()
     membership.write_stacks_to(workdir)
     with Console(config.steps) as console, stop_signals() as should_stop:
-        console.take_logs(logging.INFO if distributed.is_lead() else logging.WARNING)
+        console.take_logs(logging.INFO if agreement.is_lead() else logging.WARNING)
         records = train(
             config,
             workdir,
@@ -135,13 +136,13 @@ def main(argv: list[str]) -> int:
             # down, it would be too late.
             with contextlib.closing(records):
                 for record in records:
-                    if distributed.is_lead():
+                    if agreement.is_lead():
                         console.show(record)
         except Preempted as stop:
-            if distributed.is_lead():
+            if agreement.is_lead():
                 console.say(f"stopped at step {stop}; {GOES_ON}")
             return flags.RESUMABLE
-    if distributed.is_lead():
+    if agreement.is_lead():
         print(f"finished: {workdir}")
     return flags.FINISHED
 

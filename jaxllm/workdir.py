@@ -10,11 +10,11 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from jaxllm.cluster.watchdog import STALLS
 from jaxllm.config import Config
 from jaxllm.config.saved import compare_configs, read_values
 from jaxllm.errors import InputError
 from jaxllm.profile import FOLDER
-from jaxllm.resilience.watchdog import STALLS
 
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"

@@ -20,6 +20,7 @@ import numpy as np
 
 import sharding
 from jaxllm.budget import flops_per_token, peak_flops
+from jaxllm.cluster.environment import has_gpus, prepare_gpus
 from jaxllm.config import (
     Config,
     DataConfig,
@@ -28,7 +29,6 @@ from jaxllm.config import (
     override,
     presets,
 )
-from jaxllm.gpuflags import has_gpus, prepare_gpus
 from jaxllm.profile import TRACEABLE, explain, trace
 from jaxllm.step import Setup, compile_step, init_state, prepare
 from pallas_kernels import offline

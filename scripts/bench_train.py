@@ -24,8 +24,8 @@ import numpy as np
 from absl import flags as absl_flags
 
 from jaxllm import flags
+from jaxllm.cluster.phases import Phases
 from jaxllm.config import CheckpointConfig, Config, EvalConfig, MeshConfig, ModelConfig
-from jaxllm.resilience.phases import Phases
 from jaxllm.startup import open_run
 
 FOREVER = 10**9

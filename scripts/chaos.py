@@ -35,9 +35,9 @@ from absl import flags as absl_flags
 import sharding
 from jaxllm import flags
 from jaxllm.checkpoint import Checkpoints, find_steps
+from jaxllm.cluster.launch import COORDINATOR, NUM_PROCESSES, PROCESS_ID
 from jaxllm.config import Config, MeshConfig
 from jaxllm.errors import InputError
-from jaxllm.launch import COORDINATOR, NUM_PROCESSES, PROCESS_ID
 from jaxllm.metrics import FILE, OF_THE_CLOCK
 from jaxllm.step import prepare
 from jaxllm.workdir import CHECKPOINTS

@@ -22,7 +22,9 @@ import numpy as np
 from absl import flags as absl_flags
 
 import sharding
-from jaxllm import distributed, flags, membership
+from jaxllm import flags
+from jaxllm.cluster import agreement, membership
+from jaxllm.cluster.launch import COORDINATOR, NUM_PROCESSES, PROCESS_ID
 from jaxllm.compare_meshes import (
     follow,
     parse_meshes,
@@ -31,7 +33,6 @@ from jaxllm.compare_meshes import (
     tolerance_of,
 )
 from jaxllm.errors import InputError
-from jaxllm.launch import COORDINATOR, NUM_PROCESSES, PROCESS_ID
 
 ROW = "{:<28} {:>9}  {:<10} {:>8} {:>9}".format
 Courses = list[dict]  # of each mesh: parameters, losses, grad_norms; or refusal
@@ -94,7 +95,7 @@ def write_courses(file: Path) -> int:
                 "grad_norms": course.grad_norms.tolist(),
             }
         )
-    if distributed.is_lead():
+    if agreement.is_lead():
         file.write_text(json.dumps(courses))
     return flags.FINISHED
 

@@ -5,8 +5,7 @@ import importlib.metadata
 
 import pytest
 
-from jaxllm.errors import InputError
-from jaxllm.gpuflags import (
+from jaxllm.cluster.environment import (
     FLAGS,
     VARIABLES,
     XLA_FLAGS,
@@ -14,6 +13,7 @@ from jaxllm.gpuflags import (
     has_gpus,
     prepare_gpus,
 )
+from jaxllm.errors import InputError
 from pallas_kernels import offline
 
 HERE = ".".join(importlib.metadata.version("jaxlib").split(".")[:2])

@@ -6,14 +6,14 @@ import socket
 
 import pytest
 
-from jaxllm.errors import InputError
-from jaxllm.launch import (
+from jaxllm.cluster.launch import (
     Launch,
     check_devices,
     check_host_name,
     find_launch,
     local_devices,
 )
+from jaxllm.errors import InputError
 
 HAND = {"JAXLLM_COORDINATOR": "a:1", "JAXLLM_NUM_PROCESSES": "4"}
 STEP = {

@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxllm.checkpoint import Checkpoints
+from jaxllm.cluster.phases import Phases, process_age_s
 from jaxllm.config import CheckpointConfig
 from jaxllm.config.files import config_to_dict
 from jaxllm.jsonlines import read_jsonlines
 from jaxllm.resilience.ledger import FILE, KINDS, Account, Ledger, read_ledger
-from jaxllm.resilience.phases import Phases, process_age_s
 from jaxllm.train import train
 from jaxllm.workdir import CHECKPOINTS
 
@@ -176,7 +176,7 @@ def test_a_clock_that_is_behind_makes_no_idle_time_below_0():
 def test_a_process_knows_its_age():
     script = (
         "import time; time.sleep(0.3)\n"
-        "from jaxllm.resilience.phases import process_age_s as age\n"
+        "from jaxllm.cluster.phases import process_age_s as age\n"
         "now = time.monotonic\n"
         "before = now(); first = age(); after = now(); time.sleep(0.2)\n"
         "least = now() - after; second = age(); most = now() - before\n"

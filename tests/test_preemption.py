@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from jaxllm.checkpoint import find_steps
+from jaxllm.cluster.preemption import stop_signals
 from jaxllm.config.files import config_to_dict
-from jaxllm.resilience.preemption import stop_signals
 
 RESUMABLE = 75
 COMMAND = [

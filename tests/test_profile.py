@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sharding
+from jaxllm.cluster.phases import Phases
 from jaxllm.errors import InputError
 from jaxllm.profile import Profiler, trace
-from jaxllm.resilience.phases import Phases
 from jaxllm.timeline import format_timeline, share_time
 from jaxllm.traces import OUTSIDE, Event, read_events
 from jaxllm.train import train

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 import sharding
+from jaxllm.cluster.phases import Phases
 from jaxllm.config.files import config_to_dict
 from jaxllm.errors import InputError
-from jaxllm.resilience.phases import Phases
 from jaxllm.startup import open_run
 from sharding import ShardingError
 

@@ -32,7 +32,7 @@ esac
 """
 SHOW = """\
 import os
-from jaxllm.launch import find_launch, local_devices
+from jaxllm.cluster.launch import find_launch, local_devices
 launch = find_launch(os.environ)
 print(launch.process_id, launch.coordinator.split(":")[0], local_devices(os.environ))
 """

@@ -5,7 +5,7 @@ import jax
 import pytest
 
 import sharding
-from jaxllm.stragglers import PATIENCE, Stragglers
+from jaxllm.cluster.stragglers import PATIENCE, Stragglers
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from jaxllm.resilience.limits import MARGIN, NEW, PATIENCE, REMEMBERED, Limits
-from jaxllm.resilience.peers import Identity, Link, Meeting, Peers, come
-from jaxllm.resilience.phases import Phase, Phases
-from jaxllm.resilience.verdict import Sign, judge, late
-from jaxllm.resilience.watchdog import MISSED, STALLS, TICK_S, Watchdog
+from jaxllm.cluster.limits import MARGIN, NEW, PATIENCE, REMEMBERED, Limits
+from jaxllm.cluster.peers import Identity, Link, Meeting, Peers, come
+from jaxllm.cluster.phases import Phase, Phases
+from jaxllm.cluster.verdict import Sign, judge, late
+from jaxllm.cluster.watchdog import MISSED, STALLS, TICK_S, Watchdog
 
 FLOOR_S = 10.0
 LEAD, ONE, TWO = (Identity(i, f"node{i}", 100 + i) for i in range(3))
@@ -365,7 +365,7 @@ def test_a_stranger_is_not_let_in_and_who_is_missing_is_named():
 
 ABORTS = """
 import ctypes, os, threading
-from jaxllm.resilience.aborts import delay_aborts
+from jaxllm.cluster.aborts import delay_aborts
 delay_aborts()
 threading.Timer(0.3, os._exit, (75,)).start()
 ctypes.CDLL(None).abort()  # as C++ does it, without the interpreter's lock
@@ -379,7 +379,7 @@ def test_an_abort_leaves_the_time_to_end_in_another_way():
 
 SAYS_LAST = """
 import os
-from jaxllm.resilience.aborts import say_last
+from jaxllm.cluster.aborts import say_last
 os.write(2, b"before\\n")
 say_last("error: why\\n")
 os.write(2, b"after\\n")  # as C++ does it

@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from jaxllm.cluster.phases import PHASES, Phases
 from jaxllm.jsonlines import Append, open_jsonlines, read_jsonlines
-from jaxllm.resilience.phases import PHASES, Phases
 
 FILE = "ledger.jsonl"
 KINDS = (

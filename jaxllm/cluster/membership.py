@@ -10,21 +10,21 @@ from typing import NoReturn
 
 import jax
 
-from jaxllm.config import DistributedConfig
-from jaxllm.distributed import is_lead, text_of_lead
-from jaxllm.errors import RESUMABLE
-from jaxllm.launch import (
+from jaxllm.cluster.aborts import delay_aborts
+from jaxllm.cluster.agreement import is_lead, text_of_lead
+from jaxllm.cluster.launch import (
     Launch,
     check_devices,
     check_host_name,
     find_launch,
     local_devices,
 )
-from jaxllm.resilience.aborts import delay_aborts
-from jaxllm.resilience.limits import Limits
-from jaxllm.resilience.peers import Meeting, Peers, come
-from jaxllm.resilience.phases import Phases
-from jaxllm.resilience.watchdog import Watchdog
+from jaxllm.cluster.limits import Limits
+from jaxllm.cluster.peers import Meeting, Peers, come
+from jaxllm.cluster.phases import Phases
+from jaxllm.cluster.watchdog import Watchdog
+from jaxllm.config import DistributedConfig
+from jaxllm.errors import RESUMABLE
 
 _LATER = 3  # JAX has limits of its own, and aborts: it is told to wait longer than we
 
@@ -38,7 +38,7 @@ def join(config: DistributedConfig, phases: Phases | None = None) -> None:
     takes too long on any of them.
 
     Raises:
-      InputError: see `jaxllm.launch`.
+      InputError: see `jaxllm.cluster.launch`.
     """
     global _watchdog
     launch, peers = find_launch(os.environ), None
@@ -92,7 +92,7 @@ def _meet(launch: Launch, config: DistributedConfig) -> Peers:
     give_up = threading.Timer(limit_s, _give_up, (launch, why))
     give_up.daemon = True
     give_up.start()
-    # Its handler would take SIGTERM away from `resilience.preemption`.
+    # Its handler would take SIGTERM away from `cluster.preemption`.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(

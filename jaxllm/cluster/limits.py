@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable
 
-from jaxllm.resilience.phases import Phase, Phases
+from jaxllm.cluster.phases import Phase, Phases
 
 UNLIMITED: tuple[Phase, ...] = ("compile", "other")  # others may wait for these
 SLOW: tuple[Phase, ...] = ("start", "restore", "save")  # read or write a whole state

@@ -17,11 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from jaxllm.cluster.aborts import say_last
+from jaxllm.cluster.limits import Doing, Limits
+from jaxllm.cluster.peers import Identity, Message, Peers, identity
+from jaxllm.cluster.verdict import Sign, Verdict, judge
 from jaxllm.errors import FAILED, RESUMABLE
-from jaxllm.resilience.aborts import say_last
-from jaxllm.resilience.limits import Doing, Limits
-from jaxllm.resilience.peers import Identity, Message, Peers, identity
-from jaxllm.resilience.verdict import Sign, Verdict, judge
 
 STALLS = "stalls"  # in the run's directory: the stacks of every process
 TICK_S = 0.2

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jaxllm.cluster.environment import describe_flags
 from jaxllm.errors import InputError
-from jaxllm.gpuflags import describe_flags
 
 _MESSAGE_BYTES = 4096
 _WRONG, _FAILED = "!?"  # what an error was, before its message

@@ -4,9 +4,9 @@
 import dataclasses
 from collections.abc import Sequence
 
+from jaxllm.cluster.peers import Identity, Message
+from jaxllm.cluster.phases import Phase
 from jaxllm.errors import RESUMABLE
-from jaxllm.resilience.peers import Identity, Message
-from jaxllm.resilience.phases import Phase
 
 # What a process has come to within the step that `Phases.step` names. An evaluation
 # follows the update of that step; a save comes before it.
