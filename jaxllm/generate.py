@@ -15,12 +15,12 @@ from absl import flags as absl_flags
 import sharding
 from jaxllm import flags
 from jaxllm.config import Config
-from jaxllm.data.tokenizers import Tokenizer
 from jaxllm.errors import InputError
 from jaxllm.kernels import choose_kernels
 from jaxllm.models import Model
 from jaxllm.sampling import Sampling, sample_tokens
 from jaxllm.savedrun import Which, load_params, load_run_tokenizer, read_step
+from jaxllm.text.tokenizers import Tokenizer
 
 
 def generate(

@@ -10,8 +10,8 @@ from typing import Any, Literal
 from jaxllm.checkpoint import Checkpoints
 from jaxllm.config import Config
 from jaxllm.data.manifest import MANIFEST
-from jaxllm.data.tokenizers import HFTokenizer, Tokenizer, load_tokenizer
 from jaxllm.errors import InputError
+from jaxllm.text.tokenizers import HFTokenizer, Tokenizer, load_tokenizer
 from jaxllm.workdir import CHECKPOINTS, TOKENIZER
 
 Which = int | Literal["latest", "best"]

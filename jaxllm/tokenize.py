@@ -24,7 +24,6 @@ from typing import Any
 
 from absl import flags
 
-from jaxllm.data.tokenfolder import TokenSettings, make_token_folder
 from jaxllm.errors import (
     FAILED,
     FINISHED,
@@ -33,6 +32,7 @@ from jaxllm.errors import (
     FullDiskError,
     InputError,
 )
+from jaxllm.text.token_folder import TokenSettings, make_token_folder
 
 _FLAGS: tuple[tuple[Any, ...], ...] = (
     (flags.DEFINE_multi_string, "input", [], "text to read; may be repeated"),

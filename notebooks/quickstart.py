@@ -20,11 +20,11 @@ from jaxllm.compilation import use_compilation_cache
 from jaxllm.config import load_config
 from jaxllm.data.batches import load_batches
 from jaxllm.data.splits import open_splits
-from jaxllm.data.tokenizers import load_tokenizer
 from jaxllm.generate import generate, load_for_generation
 from jaxllm.report import full_report
 from jaxllm.sampling import Sampling
 from jaxllm.step import prepare
+from jaxllm.text.tokenizers import load_tokenizer
 from jaxllm.train import train
 
 ROOT = Path.cwd() if Path("configs").exists() else Path.cwd().parent

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxllm.data.formats import TokenSplit, open_tokens, verify
-from jaxllm.data.tokenfolder import TokenSettings, make_token_folder
 from jaxllm.errors import InputError
+from jaxllm.text.token_folder import TokenSettings, make_token_folder
 
 TOKENS = np.arange(1000) * 7 % 50257
 

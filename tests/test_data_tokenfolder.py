@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from tokenizers import models
 
 from jaxllm import tokenize
-from jaxllm.data import corpus, tokenfolder
 from jaxllm.data.formats import TokenSplit, open_tokens, verify
-from jaxllm.data.tokenizers import load_tokenizer, train_bpe
+from jaxllm.text import documents as text_documents
+from jaxllm.text import token_folder
+from jaxllm.text.tokenizers import load_tokenizer, train_bpe
 
 LINES = [
     f"document {i}: {'word ' * (i % 50)}fin, na\u00efve \u6c34\n" for i in range(300)
@@ -109,8 +110,8 @@ def test_a_text_file_is_one_document_unchanged_to_the_byte(tmp_path, out):
 def test_any_number_of_workers_writes_the_same_bytes(
     tmp_path, text, tokenizer, monkeypatch
 ):
-    monkeypatch.setattr("jaxllm.data.encoding.CHUNK_BYTES", 500)
-    monkeypatch.setattr("jaxllm.data.encoding.CHUNK_PIECES", 7)
+    monkeypatch.setattr("jaxllm.text.encoding.CHUNK_BYTES", 500)
+    monkeypatch.setattr("jaxllm.text.encoding.CHUNK_PIECES", 7)
     flags = [f"--input={text}", f"--tokenizer={tokenizer}", "--shard_tokens=3000"]
     for workers in (1, 2, 3):
         out = f"--output={tmp_path / str(workers)}"
@@ -144,9 +145,11 @@ BPE = train_bpe(LINES, 300)
 @given(st.lists(WORDS, min_size=1).map("".join), st.integers(4, 20))
 def test_a_document_that_is_cut_keeps_its_text(text, size):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus, "PIECE_BYTES", size)
+        patch.setattr(text_documents, "PIECE_BYTES", size)
         pieces = list(
-            corpus._cut(io.BytesIO(text.encode()), corpus.collections.Counter())
+            text_documents._cut(
+                io.BytesIO(text.encode()), text_documents.collections.Counter()
+            )
         )
     assert b"".join(piece.text for piece in pieces).decode() == text
     assert all(piece.text.decode() for piece in pieces)
@@ -157,9 +160,11 @@ def test_a_document_that_is_cut_keeps_its_text(text, size):
 def test_a_document_that_is_cut_keeps_its_tokens():
     text = "".join(LINES) + " ".join(LINES).replace("\n", "\r\n")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus, "PIECE_BYTES", 200)
+        patch.setattr(text_documents, "PIECE_BYTES", 200)
         pieces = list(
-            corpus._cut(io.BytesIO(text.encode()), corpus.collections.Counter())
+            text_documents._cut(
+                io.BytesIO(text.encode()), text_documents.collections.Counter()
+            )
         )
     assert len(pieces) > 50
     cut = [i for piece in pieces for i in BPE.encode(piece.text.decode())]
@@ -244,8 +249,8 @@ def test_a_tokenizer_is_trained_on_a_bounded_sample_without_what_is_held_out(
         trained_on.extend(texts)
         return BPE
 
-    monkeypatch.setattr(tokenfolder, "train_bpe", train)
-    monkeypatch.setattr(tokenfolder, "TRAINING_BYTES", 200_000)
+    monkeypatch.setattr(token_folder, "train_bpe", train)
+    monkeypatch.setattr(token_folder, "TRAINING_BYTES", 200_000)
     flags = [f"--input={text}", f"--output={out}", "--holdout=0.2"]
     assert run(*flags, "--tokenizer=bpe:300") == 0
     assert 50_000 < sum(len(text.encode()) for text in trained_on) < 220_000

@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
 
-from jaxllm.data.tokenizers import (
+from jaxllm.errors import InputError
+from jaxllm.text.tokenizers import (
     BytesTokenizer,
     load_tokenizer,
     train_bpe,
     trained_vocab_size,
 )
-from jaxllm.errors import InputError
 
 TEXTS = [
     "def add(a, b):\n    return a + b\n",
@@ -79,7 +79,7 @@ def test_the_end_of_document_decodes_to_nothing():
 
 def test_training_gives_the_same_tokenizer_in_every_process():
     program = f"""
-from jaxllm.data.tokenizers import train_bpe
+from jaxllm.text.tokenizers import train_bpe
 print(train_bpe({TEXTS!r} * 20, 290).sha256)
 """
     result = subprocess.run(

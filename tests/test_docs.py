@@ -22,7 +22,7 @@ import pytest
 
 from jaxllm import flags, tokenize
 from jaxllm.config.fields import section_names, setting_types
-from jaxllm.data.tokenizers import train_bpe
+from jaxllm.text.tokenizers import train_bpe
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [

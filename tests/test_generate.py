@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from jaxllm.config.saved import read_config
-from jaxllm.data.tokenizers import BytesTokenizer
 from jaxllm.errors import InputError
 from jaxllm.generate import generate, load_for_generation
 from jaxllm.sampling import Sampling
+from jaxllm.text.tokenizers import BytesTokenizer
 
 GREEDY = Sampling(temperature=0.0)
 

@@ -65,15 +65,15 @@ USERS = {
         "jaxllm.replay",
     ),
     "tensorboard": ("jaxllm.metrics",),
-    "tokenizers": ("jaxllm.data.tokenizers",),
-    "rich": ("jaxllm.console", "jaxllm.data.progress"),
+    "tokenizers": ("jaxllm.text.tokenizers",),
+    "rich": ("jaxllm.console", "jaxllm.text.progress"),
     "numpy": PACKAGES,
     "jax": PACKAGES,
 }
 # Extras of pyproject.toml, imported where a config or a file asks for them; and other
 # libraries that the kernels are timed beside, where they happen to be installed.
 EXTRAS = {
-    "pyarrow": "jaxllm.data.corpus",
+    "pyarrow": "jaxllm.text.documents",
     "wandb": "jaxllm.metrics",
     **dict.fromkeys(("torch", "tokamax", "liger_kernel"), "pallas_kernels.bench.peers"),
 }

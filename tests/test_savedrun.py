@@ -10,7 +10,6 @@ import pytest
 
 from jaxllm import tokenize
 from jaxllm.config.saved import read_config
-from jaxllm.data.tokenizers import BytesTokenizer, HFTokenizer, load_tokenizer
 from jaxllm.errors import InputError
 from jaxllm.models import Model
 from jaxllm.savedrun import (
@@ -19,6 +18,7 @@ from jaxllm.savedrun import (
     read_step,
     save_tokenizer,
 )
+from jaxllm.text.tokenizers import BytesTokenizer, HFTokenizer, load_tokenizer
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import pytest
 
 from jaxllm import tokenize
 from jaxllm.data.formats import verify
-from jaxllm.data.tokenfolder import TokenSettings
+from jaxllm.text.token_folder import TokenSettings
 
 LINES = [
     f"document {i}: {'word ' * (i % 50)}fin, na\u00efve \u6c34\n" for i in range(300)
@@ -288,7 +288,7 @@ def test_finished_standard_input_cannot_be_compared(out, capsys, monkeypatch):
 def test_progress_without_a_terminal_is_lines_with_the_time_left(
     text, out, capsys, monkeypatch
 ):
-    monkeypatch.setattr("jaxllm.data.progress._LINE_EVERY_S", 0.0)
+    monkeypatch.setattr("jaxllm.text.progress._LINE_EVERY_S", 0.0)
     assert run(f"--input={text}", f"--output={out}") == 0
     line = capsys.readouterr().err.splitlines()[0]
     assert line.startswith("tokenizing: ") and line.endswith("100%, 0 s left")

@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from jaxllm import tokenize
-from jaxllm.data.tokenizers import train_bpe
+from jaxllm.text.tokenizers import train_bpe
 
 LINES = [f"document {i}: {'word ' * (i % 50)}fin\n" for i in range(300)]
 BPE = train_bpe(LINES, 290)

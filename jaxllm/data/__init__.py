@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From text to batches: corpora, tokenizers, token files, packing."""
+"""From tokens to batches: formats, splits, packing, mixtures."""

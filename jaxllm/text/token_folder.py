@@ -8,14 +8,15 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 
-from jaxllm.data.corpus import read_pieces
-from jaxllm.data.encoding import Encoded, encode_pieces
 from jaxllm.data.manifest import TOKENIZER, Manifest, SplitEntry, token_dtype
-from jaxllm.data.progress import Advance, show_progress
-from jaxllm.data.shards import is_held_out, write_splits
-from jaxllm.data.sources import STDIN, Source, find_sources, hash_sources
-from jaxllm.data.staging import commit, complete_move, finished, staged
-from jaxllm.data.tokenizers import (
+from jaxllm.errors import InputError
+from jaxllm.text.documents import read_pieces
+from jaxllm.text.encoding import Encoded, encode_pieces
+from jaxllm.text.progress import Advance, show_progress
+from jaxllm.text.shards import is_held_out, write_splits
+from jaxllm.text.sources import STDIN, Source, find_sources, hash_sources
+from jaxllm.text.staging import commit, complete_move, finished, staged
+from jaxllm.text.tokenizers import (
     BytesTokenizer,
     HFTokenizer,
     Tokenizer,
@@ -24,7 +25,6 @@ from jaxllm.data.tokenizers import (
     train_bpe,
     trained_vocab_size,
 )
-from jaxllm.errors import InputError
 
 TRAINING_BYTES = 2**26  # of text, at most, that a BPE is trained on
 _WORKER_BYTES = 2**22  # of text that make it worth to start a worker

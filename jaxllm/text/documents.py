@@ -10,8 +10,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
-from jaxllm.data.sources import STDIN, Source
 from jaxllm.errors import InputError
+from jaxllm.text.sources import STDIN, Source
 
 PIECE_BYTES = 2**20  # documents up to this size are one piece
 

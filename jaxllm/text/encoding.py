@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxllm.data.corpus import Piece
 from jaxllm.data.manifest import token_dtype
-from jaxllm.data.tokenizers import Tokenizer
+from jaxllm.text.documents import Piece
+from jaxllm.text.tokenizers import Tokenizer
 
 CHUNK_BYTES = 2**20  # of text, sent to a worker at one time
 CHUNK_PIECES = 4096  # bounds the memory of many short documents

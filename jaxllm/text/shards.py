@@ -9,8 +9,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from jaxllm.data.encoding import Encoded
 from jaxllm.data.manifest import ENDS_DTYPE, SplitEntry, describe_split
+from jaxllm.text.encoding import Encoded
 
 _BLOCK_TOKENS = 2**22
 
