@@ -9,7 +9,7 @@ import jax
 import pallas_kernels
 from jaxllm.config import Config
 from jaxllm.errors import InputError
-from jaxllm.models.experts import ROWS_MULTIPLE
+from jaxllm.models.moe.experts import ROWS_MULTIPLE
 from pallas_kernels import self_check
 from pallas_kernels.choice import Choice
 from pallas_kernels.grouped_matmul import choose_grouped_matmul

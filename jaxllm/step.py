@@ -16,7 +16,7 @@ from jaxllm.config import Config
 from jaxllm.loss import next_token_loss
 from jaxllm.models import Model, Transformer
 from jaxllm.models.pipeline import split
-from jaxllm.models.schedule import Schedule, schedule_stages
+from jaxllm.models.pipeline_schedule import Schedule, schedule_stages
 from jaxllm.optimizer import is_load_bias, make_optimizer, make_schedule
 
 BATCH_NAMES = ("tokens", "targets", "segments", "positions")

@@ -30,7 +30,7 @@ from jaxllm.config import (
     OptimizerConfig,
     override,
 )
-from jaxllm.models.moe import MoE
+from jaxllm.models.moe.layer import MoE
 from jaxllm.step import prepare
 from jaxllm.train import train as run_training
 

@@ -10,7 +10,7 @@ import pytest
 
 import pallas_kernels
 import sharding
-from jaxllm.models.context import ContextAttention, Ring, key_ranges_in_text
+from jaxllm.models.context_attention import ContextAttention, Ring, key_ranges_in_text
 from pallas_kernels.attention import RangedAttention
 
 B, T, N, K, H = 2, 64, 4, 2, 8

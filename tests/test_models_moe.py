@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import sharding
-from jaxllm.models.dispatch import sort_rows
-from jaxllm.models.experts import LETTERS, Experts, run_experts
+from jaxllm.models.moe.dispatch import sort_rows
+from jaxllm.models.moe.experts import LETTERS, Experts, run_experts
 
 B, T, D, F, E, A = 8, 6, 5, 6, 8, 3
 NO_EXPERT = E

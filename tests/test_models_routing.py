@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxllm.config import MoEConfig
-from jaxllm.models.routing import route
+from jaxllm.models.moe.routing import route
 
 B, T, E = 2, 16, 6
 EPS = float(np.finfo(np.float32).eps)

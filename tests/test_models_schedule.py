@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 
 from jaxllm.config import ModelConfig
-from jaxllm.models.schedule import Schedule, schedule_stages
+from jaxllm.models.pipeline_schedule import Schedule, schedule_stages
 from sharding import ShardingError
 
 SCHEDULES = [

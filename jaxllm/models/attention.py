@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 import pallas_kernels
 import sharding
 from jaxllm.config import KernelsConfig, ModelConfig
-from jaxllm.models.context import ContextAttention
+from jaxllm.models.context_attention import ContextAttention
 from jaxllm.models.norms import HeadNorm
 from jaxllm.models.parameters import add_bias, matrix, project, project_all, vector
 from pallas_kernels.attention import RangedAttention

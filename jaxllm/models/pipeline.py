@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import sharding
-from jaxllm.models.schedule import Schedule
+from jaxllm.models.pipeline_schedule import Schedule
 
 AXIS = "stage"
 

@@ -13,12 +13,12 @@ import sharding
 from jaxllm.config import KernelsConfig, ModelConfig
 from jaxllm.models.attention import Attention, Cache
 from jaxllm.models.mlp import MLP
-from jaxllm.models.moe import MoE
+from jaxllm.models.moe.layer import MoE
+from jaxllm.models.moe.routing import Stats
 from jaxllm.models.norms import Norm
 from jaxllm.models.parameters import embed, matrix, project, stack
 from jaxllm.models.pipeline import run_stages
-from jaxllm.models.routing import Stats
-from jaxllm.models.schedule import Schedule
+from jaxllm.models.pipeline_schedule import Schedule
 
 Caches = dict[str, Cache]  # by block of a period; stacked over periods by a scan
 

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import sharding
-from jaxllm.models.dispatch import sort_rows
+from jaxllm.models.moe.dispatch import sort_rows
 from pallas_kernels.grouped_matmul import grouped_matmul
 
 LETTERS = {"up": "EDF", "gate": "EDF", "down": "EFD"}

@@ -11,10 +11,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 import sharding
 from jaxllm.config import KernelsConfig, ModelConfig, MoEConfig
-from jaxllm.models.experts import Experts, run_experts
 from jaxllm.models.mlp import MLP
+from jaxllm.models.moe.experts import Experts, run_experts
+from jaxllm.models.moe.routing import Stats, route
 from jaxllm.models.parameters import matrix, vector
-from jaxllm.models.routing import Stats, route
 
 
 class MoE(nnx.Module):
