@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.loss import row_losses
 from jaxllm.step import Batch, Setup, forward, gradients, in_zigzag
+from jaxllm.step.loss import row_losses
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,6 @@ from absl import flags as absl_flags
 
 import sharding
 from jaxllm import flags
-from jaxllm.bounds import place_bounds
 from jaxllm.checkpoint import Checkpoints
 from jaxllm.cluster import agreement, membership
 from jaxllm.config import Config
@@ -31,6 +30,7 @@ from jaxllm.report import choices
 from jaxllm.resilience.anomalies import Anomalies
 from jaxllm.savedrun import has_tokenizer, load_run_tokenizer
 from jaxllm.step import Setup, compile_step, prepare
+from jaxllm.step.bounds import place_bounds
 from jaxllm.workdir import CHECKPOINTS
 
 SHOWN_ROWS = 5

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 
 from jaxllm import budget
-from jaxllm.bounds import place_bounds
 from jaxllm.cluster.agreement import Poll, is_lead
 from jaxllm.cluster.phases import Phases
 from jaxllm.cluster.stragglers import Stragglers
@@ -24,6 +23,7 @@ from jaxllm.profile import Profiler
 from jaxllm.resilience.anomalies import Anomalies, Rewind
 from jaxllm.resilience.ledger import Ledger
 from jaxllm.step import Setup, TrainState
+from jaxllm.step.bounds import place_bounds
 
 _log = logging.getLogger(__name__)
 

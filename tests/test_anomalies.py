@@ -18,15 +18,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sharding
-from jaxllm import startup, step
-from jaxllm.bounds import select
+from jaxllm import startup
 from jaxllm.checkpoint import Checkpoints
 from jaxllm.config import AnomalyConfig, Config
 from jaxllm.data.batches import batch_of, load_batches
 from jaxllm.data.splits import open_splits
 from jaxllm.errors import InputError
 from jaxllm.resilience.anomalies import MIN_STEPS, WINDOW, Anomalies
-from jaxllm.step import prepare
+from jaxllm.step import compiled, prepare
+from jaxllm.step.bounds import select
 from jaxllm.train import train
 from jaxllm.workdir import CHECKPOINTS
 
@@ -138,7 +138,7 @@ Poison = Callable[[list[int], float], None]
 @pytest.fixture
 def poison(tiny, monkeypatch) -> Iterator[Poison]:
     """Makes the loss of some batches a multiple of what it is, in every run."""
-    honest = step._loss_sums
+    honest = compiled._loss_sums
     config = tiny()
     splits = open_splits(config.data, "train")
     with load_batches(config.data, splits, seed=0, sharding=None) as batches:
@@ -153,7 +153,7 @@ def poison(tiny, monkeypatch) -> Iterator[Poison]:
             scale = jnp.where(is_bad, jnp.float32(factor), jnp.float32(1))
             return {name: value * scale for name, value in found.items()}
 
-        monkeypatch.setattr(step, "_loss_sums", loss_sums)
+        monkeypatch.setattr(compiled, "_loss_sums", loss_sums)
         compiled = {}
 
         def compile_once(setup, options):  # it is the same for all runs of a test

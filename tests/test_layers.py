@@ -34,8 +34,8 @@ LAYERS = (
     ("jaxllm.traces",),
     ("jaxllm.timeline",),
     ("jaxllm.profile",),
-    ("jaxllm.muon", "jaxllm.optimizer", "jaxllm.loss", "jaxllm.workdir"),
-    ("jaxllm.bounds", "jaxllm.accumulation"),
+    ("jaxllm.step.muon", "jaxllm.step.optimizer", "jaxllm.step.loss", "jaxllm.workdir"),
+    ("jaxllm.step.bounds", "jaxllm.step.microbatches"),
     ("jaxllm.kernels",),
     ("jaxllm.step", "jaxllm.checkpoint"),
     ("jaxllm.savedrun", "jaxllm.sampling", "jaxllm.report"),
@@ -56,7 +56,7 @@ STANDARD_LIBRARY_ONLY = (
 # Third-party package -> where it may be imported.
 USERS = {
     "flax": ("jaxllm.models",),
-    "optax": ("jaxllm.optimizer", "jaxllm.bounds", "jaxllm.step"),
+    "optax": ("jaxllm.step.optimizer", "jaxllm.step.bounds", "jaxllm.step"),
     "orbax": ("jaxllm.checkpoint",),
     "grain": ("jaxllm.data",),
     "absl": (

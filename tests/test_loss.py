@@ -10,7 +10,7 @@ import pytest
 
 import sharding
 from jaxllm.config import LossConfig
-from jaxllm.loss import next_token_loss
+from jaxllm.step.loss import next_token_loss
 
 B, T, D, V = 8, 6, 16, 32
 EPS = float(np.finfo(np.float32).eps)

@@ -19,9 +19,9 @@ from courses import (
     train,
 )
 from jaxllm.config import Config, LossConfig, ModelConfig, OptimizerConfig
-from jaxllm.loss import next_token_loss
 from jaxllm.models import Model
 from jaxllm.step import Setup, TrainState
+from jaxllm.step.loss import next_token_loss
 
 MESHES = ["data 8", "fsdp 8", "tensor 2 x fsdp 4", "data 2 x fsdp 2 x tensor 2"]
 

@@ -13,8 +13,8 @@ import pytest
 
 from jaxllm import budget
 from jaxllm.config import LossConfig, ModelConfig, MoEConfig, presets
-from jaxllm.loss import next_token_loss
 from jaxllm.models import Model, make_cache
+from jaxllm.step.loss import next_token_loss
 
 B, T = 2, 12
 EPS = float(np.finfo(np.float32).eps)

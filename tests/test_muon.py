@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import sharding
-from jaxllm.muon import has_muon, is_matrix, orthogonalize
+from jaxllm.step.muon import has_muon, is_matrix, orthogonalize
 
 
 def normal(*shape: int) -> jax.Array:

@@ -15,8 +15,8 @@ import pytest
 import sharding
 from jaxllm.config import OptimizerConfig
 from jaxllm.errors import InputError
-from jaxllm.muon import is_matrix
-from jaxllm.optimizer import make_optimizer, make_schedule, muon_parameters
+from jaxllm.step.muon import is_matrix
+from jaxllm.step.optimizer import make_optimizer, make_schedule, muon_parameters
 
 NAMES = ("adamw", "muon", "adafactor", "lion", "sgd")
 SIZES = dict(L=2, D=128, N=4, K=2, H=16, F=256, V=144)

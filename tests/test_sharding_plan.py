@@ -12,7 +12,7 @@ import pytest
 import sharding
 from jaxllm.config import OptimizerConfig, presets
 from jaxllm.models import Model
-from jaxllm.optimizer import make_optimizer
+from jaxllm.step.optimizer import make_optimizer
 from sharding import ShardingError, abstract_mesh, plan
 
 SHAPES = {

@@ -12,7 +12,6 @@ import pytest
 
 import sharding
 from jaxllm.config import Config, DataConfig, LossConfig, ModelConfig, OptimizerConfig
-from jaxllm.optimizer import make_schedule
 from jaxllm.step import (
     Setup,
     TrainState,
@@ -21,6 +20,7 @@ from jaxllm.step import (
     init_state,
     prepare,
 )
+from jaxllm.step.optimizer import make_schedule
 
 ROWS, LENGTH = 8, 16
 EPS = float(np.finfo(np.float32).eps)

@@ -15,7 +15,7 @@ import optax
 
 from jaxllm.config import OptimizerConfig
 from jaxllm.errors import InputError
-from jaxllm.muon import has_muon, is_matrix, orthogonalize
+from jaxllm.step.muon import has_muon, is_matrix, orthogonalize
 
 Axes = Any  # tree like the parameters, with their letters as leaves
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]

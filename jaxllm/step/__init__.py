@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One update of a model: planned, compiled ahead of time, a pure function."""
+
+from jaxllm.step.compiled import (
+    Batch,
+    compile_check,
+    compile_eval,
+    compile_step,
+    forward,
+    gradients,
+    in_zigzag,
+)
+from jaxllm.step.setup import Setup, TrainState, init_state, prepare
+
+__all__ = [
+    "Batch",
+    "Setup",
+    "TrainState",
+    "compile_check",
+    "compile_eval",
+    "compile_step",
+    "forward",
+    "gradients",
+    "in_zigzag",
+    "init_state",
+    "prepare",
+]

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a config means on a mesh: shapes, placement and functions, but no arrays."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import sharding
+from jaxllm.config import Config
+from jaxllm.models import Model
+from jaxllm.models.pipeline_schedule import Schedule, schedule_stages
+from jaxllm.step.optimizer import make_optimizer
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything an update changes."""
+
+    step: jax.Array  # int32 []: updates done
+    params: Any
+    opt_state: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a config means on a mesh: shapes, placement and functions, but no arrays.
+
+    Attributes:
+      schedule: of the stages of the mesh, if it has any.
+      abstract_state: `jax.ShapeDtypeStruct` with shardings: the target of a restore.
+      abstract_batch: the same for a batch.
+    """
+
+    config: Config
+    mesh: jax.sharding.Mesh
+    model: Model
+    plan: sharding.Plan
+    schedule: Schedule | None
+    optimizer: optax.GradientTransformation
+    abstract_state: TrainState
+    abstract_batch: dict[str, jax.ShapeDtypeStruct]
+
+    @property
+    def leaf_paths(self) -> list[str]:
+        """The parameters' paths, in the order of `jax.tree.leaves`."""
+        return [row.path for row in self.plan.rows]
+
+
+def prepare(config: Config, mesh: jax.sharding.Mesh) -> Setup:
+    """Plans the placement of the state and checks it; touches no device.
+
+    Raises:
+      sharding.ShardingError: lists everything on which mesh and config disagree.
+    """
+    setting = "config.data.sequence_length"
+    sharding.check_length(setting, config.data.sequence_length, mesh)
+    schedule = schedule_stages(
+        mesh.shape["stage"],
+        config.mesh.stage_rounds,
+        config.optimizer.microbatches,
+        config.model,
+    )
+    model = Model(config.model, config.kernels)
+    plan = sharding.plan(model.abstract, model.letters, mesh, dims=_dims(config))
+    optimizer = make_optimizer(
+        config.optimizer,
+        config.steps,
+        _nest(model.letters),
+        balance_step=config.model.moe.balance_weight,
+    )
+    state = jax.eval_shape(lambda params: _new_state(params, optimizer), model.abstract)
+    batch_sharding = sharding.named_sharding("BT", sharding.COMPUTE, mesh)
+    shape = (config.data.batch_size, config.data.sequence_length)
+    row = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding)
+    return Setup(
+        config=config,
+        mesh=mesh,
+        model=model,
+        plan=plan,
+        schedule=schedule,
+        optimizer=optimizer,
+        abstract_state=jax.tree.map(
+            lambda leaf, place: leaf.update(sharding=place),
+            state,
+            plan.shardings(state),
+        ),
+        abstract_batch=dict.fromkeys(
+            ("tokens", "targets", "segments", "positions"), row
+        ),
+    )
+
+
+def init_state(setup: Setup) -> TrainState:
+    """Returns the state before the first update: bitwise the same on every mesh."""
+
+    def init(key):
+        return _new_state(setup.model.init(key), setup.optimizer)
+
+    # Under automatic axes every device makes its own part of the random numbers; the
+    # explicit mode would make all of them everywhere first.
+    placed = jax.sharding.auto_axes(init, out_sharding=specs_of(setup.abstract_state))
+    with jax.set_mesh(setup.mesh):
+        return jax.jit(placed)(jax.random.key(setup.config.seed))
+
+
+def _new_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def _dims(config: Config) -> dict[str, tuple[str, int]]:
+    rows = config.data.batch_size // config.optimizer.microbatches
+    setting = "config.data.batch_size / config.optimizer.microbatches"
+    return {
+        "B": (setting, rows),
+        "T": ("config.data.sequence_length", config.data.sequence_length),
+        "N": ("config.model.num_heads", config.model.num_heads),
+        "K": ("config.model.num_kv_heads", config.model.num_kv_heads),
+        "F": ("config.model.d_ff", config.model.d_ff_expert),
+        "V": ("config.model.vocab_size", config.model.vocab_size),
+    }
+
+
+def specs_of(tree: Any) -> Any:
+    """Returns the partition spec of every leaf of a tree of abstract arrays."""
+    return jax.tree.map(lambda leaf: leaf.sharding.spec, tree)
+
+
+def _nest(flat: dict[str, str]) -> dict[str, Any]:
+    """Returns the tree of the parameters with a letter string at each leaf."""
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = value
+    return tree
