@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jaxllm import flags
 from jaxllm.errors import InputError
-from jaxllm.resilience.ledger import FILE, read_ledger
+from jaxllm.records.ledger import FILE, read_ledger
 
 
 def main(argv: list[str]):

@@ -17,11 +17,11 @@ from jaxllm.cluster.phases import Phases
 from jaxllm.cluster.stragglers import Stragglers
 from jaxllm.data.batches import Batches, batch_of
 from jaxllm.evaluate import evaluate, held_out
-from jaxllm.metrics import LateMetrics, MetricsWriter, device_memory_bytes
 from jaxllm.positions import Position, Positions
 from jaxllm.profile import Profiler
+from jaxllm.records.ledger import Ledger
+from jaxllm.records.metrics import LateMetrics, MetricsWriter, device_memory_bytes
 from jaxllm.resilience.anomalies import Anomalies, Rewind
-from jaxllm.resilience.ledger import Ledger
 from jaxllm.step import Setup, TrainState
 from jaxllm.step.bounds import place_bounds
 

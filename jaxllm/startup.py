@@ -27,12 +27,12 @@ from jaxllm.data.splits import (
 from jaxllm.errors import InputError
 from jaxllm.evaluate import held_out
 from jaxllm.kernels import check_kernels
-from jaxllm.metrics import MetricsWriter, check_loggers
 from jaxllm.positions import Positions
 from jaxllm.profile import FOLDER, SKIPPED, TRACEABLE, Profiler
+from jaxllm.records.ledger import Ledger
+from jaxllm.records.metrics import MetricsWriter, check_loggers
 from jaxllm.report import choices, cost_report
 from jaxllm.resilience.anomalies import Anomalies
-from jaxllm.resilience.ledger import Ledger
 from jaxllm.run import Run
 from jaxllm.savedrun import save_tokenizer
 from jaxllm.step import (

@@ -38,7 +38,7 @@ from jaxllm.checkpoint import Checkpoints, find_steps
 from jaxllm.cluster.launch import COORDINATOR, NUM_PROCESSES, PROCESS_ID
 from jaxllm.config import Config, MeshConfig
 from jaxllm.errors import InputError
-from jaxllm.metrics import FILE, OF_THE_CLOCK
+from jaxllm.records.metrics import FILE, OF_THE_CLOCK
 from jaxllm.step import prepare
 from jaxllm.workdir import CHECKPOINTS
 

@@ -14,10 +14,11 @@ import sys
 
 import jax
 
-# Imported for the forks to have them.
-import jaxllm.console
 import jaxllm.evaluate
 import jaxllm.generate
+
+# Imported for the forks to have them.
+import jaxllm.records.console
 import jaxllm.run
 import jaxllm.tokenize  # noqa: F401
 

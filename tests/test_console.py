@@ -9,7 +9,7 @@ import re
 import threading
 import time
 
-from jaxllm.console import Console, describe
+from jaxllm.records.console import Console, describe
 
 RECORD = {
     "step": 99,

@@ -17,7 +17,7 @@ PACKAGES = ("sharding", "pallas_kernels", "jaxllm")
 LAYERS = (
     ("sharding", "pallas_kernels"),
     ("jaxllm.errors",),
-    ("jaxllm.config.checks", "jaxllm.jsonlines"),
+    ("jaxllm.config.checks", "jaxllm.records.json_lines"),
     ("jaxllm.config.model",),
     ("jaxllm.config",),
     (
@@ -26,11 +26,11 @@ LAYERS = (
         "jaxllm.compilation",
         "jaxllm.cluster.environment",
     ),
-    ("jaxllm.config.files", "jaxllm.console", "jaxllm.resilience"),
+    ("jaxllm.config.files", "jaxllm.records.console", "jaxllm.resilience"),
     ("jaxllm.config.saved", "jaxllm.cluster.launch"),
     ("jaxllm.cluster.agreement",),
     ("jaxllm.cluster.membership",),
-    ("jaxllm.models", "jaxllm.data", "jaxllm.budget", "jaxllm.metrics"),
+    ("jaxllm.models", "jaxllm.data", "jaxllm.budget", "jaxllm.records.metrics"),
     ("jaxllm.traces",),
     ("jaxllm.timeline",),
     ("jaxllm.profile",),
@@ -64,9 +64,9 @@ USERS = {
         *("jaxllm.evaluate", "jaxllm.generate", "jaxllm.compare_meshes"),
         "jaxllm.replay",
     ),
-    "tensorboard": ("jaxllm.metrics",),
+    "tensorboard": ("jaxllm.records.metrics",),
     "tokenizers": ("jaxllm.text.tokenizers",),
-    "rich": ("jaxllm.console", "jaxllm.text.progress"),
+    "rich": ("jaxllm.records.console", "jaxllm.text.progress"),
     "numpy": PACKAGES,
     "jax": PACKAGES,
 }
@@ -74,7 +74,7 @@ USERS = {
 # libraries that the kernels are timed beside, where they happen to be installed.
 EXTRAS = {
     "pyarrow": "jaxllm.text.documents",
-    "wandb": "jaxllm.metrics",
+    "wandb": "jaxllm.records.metrics",
     **dict.fromkeys(("torch", "tokamax", "liger_kernel"), "pallas_kernels.bench.peers"),
 }
 NOBODY_IMPORTS = (

@@ -19,8 +19,8 @@ from jaxllm.checkpoint import Checkpoints
 from jaxllm.cluster.phases import Phases, process_age_s
 from jaxllm.config import CheckpointConfig
 from jaxllm.config.files import config_to_dict
-from jaxllm.jsonlines import read_jsonlines
-from jaxllm.resilience.ledger import FILE, KINDS, Account, Ledger, read_ledger
+from jaxllm.records.json_lines import read_jsonlines
+from jaxllm.records.ledger import FILE, KINDS, Account, Ledger, read_ledger
 from jaxllm.train import train
 from jaxllm.workdir import CHECKPOINTS
 

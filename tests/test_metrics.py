@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from jaxllm import metrics as metrics_module
 from jaxllm.config import LoggingConfig
 from jaxllm.errors import InputError
-from jaxllm.metrics import LateMetrics, MetricsWriter, device_memory_bytes
+from jaxllm.records import metrics as metrics_module
+from jaxllm.records.metrics import LateMetrics, MetricsWriter, device_memory_bytes
 
 JSONL_ONLY = LoggingConfig(tensorboard=False)
 
@@ -121,7 +121,7 @@ def test_tensorboard_shows_the_same_scalars_and_each_step_once(tmp_path):
 def test_tensorflow_is_never_imported_and_no_thread_is_started(tmp_path):
     (tmp_path / "tensorflow.py").write_text("raise SystemExit('tensorflow imported')")
     code = (
-        "import sys, threading, pathlib, jax, jaxllm.metrics as m\n"
+        "import sys, threading, pathlib, jax, jaxllm.records.metrics as m\n"
         "jax.devices(); before = set(threading.enumerate())  # JAX has its own\n"
         "from jaxllm.config import LoggingConfig\n"
         "w = m.MetricsWriter(pathlib.Path(sys.argv[1]), LoggingConfig(),"

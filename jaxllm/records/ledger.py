@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from jaxllm.cluster.phases import PHASES, Phases
-from jaxllm.jsonlines import Append, open_jsonlines, read_jsonlines
+from jaxllm.records.json_lines import Append, open_jsonlines, read_jsonlines
 
 FILE = "ledger.jsonl"
 KINDS = (

@@ -24,7 +24,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from jaxllm.config import LoggingConfig
 from jaxllm.errors import InputError
-from jaxllm.jsonlines import open_jsonlines
+from jaxllm.records.json_lines import open_jsonlines
 
 FILE = "metrics.jsonl"
 # What is not the same when a run is done again; all the rest is, bit for bit.
