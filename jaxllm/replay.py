@@ -23,8 +23,8 @@ from jaxllm.cluster import agreement, membership
 from jaxllm.config import Config
 from jaxllm.data.batches import Batches, batch_of, load_batches
 from jaxllm.data.splits import check_vocab, data_fingerprint, open_splits
-from jaxllm.diagnosis import Diagnosis, diagnose
 from jaxllm.errors import InputError
+from jaxllm.inspect.diagnosis import Diagnosis, diagnose
 from jaxllm.positions import Position, Positions
 from jaxllm.report import choices
 from jaxllm.resilience.anomalies import Anomalies

@@ -17,8 +17,8 @@ from jaxllm.cluster.phases import Phases
 from jaxllm.cluster.stragglers import Stragglers
 from jaxllm.data.batches import Batches, batch_of
 from jaxllm.evaluate import evaluate, held_out
+from jaxllm.inspect.profiler import Profiler
 from jaxllm.positions import Position, Positions
-from jaxllm.profile import Profiler
 from jaxllm.records.ledger import Ledger
 from jaxllm.records.metrics import LateMetrics, MetricsWriter, device_memory_bytes
 from jaxllm.resilience.anomalies import Anomalies, Rewind

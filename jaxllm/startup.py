@@ -26,9 +26,9 @@ from jaxllm.data.splits import (
 )
 from jaxllm.errors import InputError
 from jaxllm.evaluate import held_out
+from jaxllm.inspect.profiler import FOLDER, SKIPPED, TRACEABLE, Profiler
 from jaxllm.kernels import check_kernels
 from jaxllm.positions import Positions
-from jaxllm.profile import FOLDER, SKIPPED, TRACEABLE, Profiler
 from jaxllm.records.ledger import Ledger
 from jaxllm.records.metrics import MetricsWriter, check_loggers
 from jaxllm.report import choices, cost_report

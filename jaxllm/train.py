@@ -52,7 +52,7 @@ def train(
       config: all settings.
       workdir: the run's own directory.
       overwrite: delete the run in it first.
-      profile_steps: how many steps to take apart; see `jaxllm.profile`.
+      profile_steps: how many steps to take apart; see `jaxllm.inspect.profiler`.
       should_stop: asked before every step.
       phases: of this process, which may be older than the run; None begins them now.
 

@@ -14,7 +14,7 @@ from jaxllm.cluster.watchdog import STALLS
 from jaxllm.config import Config
 from jaxllm.config.saved import compare_configs, read_values
 from jaxllm.errors import InputError
-from jaxllm.profile import FOLDER
+from jaxllm.inspect.profiler import FOLDER
 
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"

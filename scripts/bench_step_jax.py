@@ -29,7 +29,7 @@ from jaxllm.config import (
     override,
     presets,
 )
-from jaxllm.profile import TRACEABLE, explain, trace
+from jaxllm.inspect.profiler import TRACEABLE, explain, trace
 from jaxllm.step import Setup, compile_step, init_state, prepare
 from pallas_kernels import offline
 

@@ -21,6 +21,7 @@ from absl import flags as absl_flags
 import sharding
 from jaxllm import flags
 from jaxllm.config import Config
+from jaxllm.inspect.collectives import bill, read_collectives
 from jaxllm.report import choices
 from jaxllm.step import compile_step, prepare
 from pallas_kernels import offline
@@ -42,7 +43,7 @@ def cost(config: Config, num_gpus: int) -> dict[str, Any]:
     assert memory is not None and text is not None
     # Arrays: one instruction may move several, and often if it is in a loop.
     moved = collections.Counter()
-    collectives = sharding.read_collectives(text, mesh)
+    collectives = read_collectives(text, mesh)
     for collective in collectives:
         moved[collective.kind] += len(collective.arrays) * (collective.count or 1)
     return {
@@ -54,7 +55,7 @@ def cost(config: Config, num_gpus: int) -> dict[str, Any]:
         "temporary_bytes": memory.temp_size_in_bytes,
         "collectives": dict(moved),
         "kernels": kernel_calls(text),
-        "bill": sharding.bill(collectives),
+        "bill": bill(collectives),
     }
 
 

@@ -16,10 +16,8 @@ from sharding.arrays import (
     placed,
     reduce_to_storage,
 )
-from sharding.collectives import Collective, bill, read_collectives
 from sharding.errors import ShardingError
 from sharding.mesh import AXES, abstract_mesh, make_mesh, resolve_sizes
-from sharding.operations import Operation, read_operations
 from sharding.placement import Placement
 from sharding.plan import Plan, Row, plan
 from sharding.report import format_table
@@ -32,8 +30,6 @@ __all__ = [
     "LETTERS",
     "RESIDUAL",
     "STORAGE",
-    "Collective",
-    "Operation",
     "Placement",
     "Plan",
     "Row",
@@ -43,7 +39,6 @@ __all__ = [
     "add_products",
     "along",
     "axes_of",
-    "bill",
     "check_length",
     "constrain",
     "einsum",
@@ -56,8 +51,6 @@ __all__ = [
     "place_like",
     "placed",
     "plan",
-    "read_collectives",
-    "read_operations",
     "reduce_to_storage",
     "resolve_sizes",
     "spec",

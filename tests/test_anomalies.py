@@ -25,7 +25,7 @@ from jaxllm.data.batches import batch_of, load_batches
 from jaxllm.data.splits import open_splits
 from jaxllm.errors import InputError
 from jaxllm.resilience.anomalies import MIN_STEPS, WINDOW, Anomalies
-from jaxllm.step import compiled, prepare
+from jaxllm.step import prepare
 from jaxllm.step.bounds import select
 from jaxllm.train import train
 from jaxllm.workdir import CHECKPOINTS
@@ -138,7 +138,7 @@ Poison = Callable[[list[int], float], None]
 @pytest.fixture
 def poison(tiny, monkeypatch) -> Iterator[Poison]:
     """Makes the loss of some batches a multiple of what it is, in every run."""
-    honest = compiled._loss_sums
+    honest = compiled_module._loss_sums
     config = tiny()
     splits = open_splits(config.data, "train")
     with load_batches(config.data, splits, seed=0, sharding=None) as batches:
@@ -153,13 +153,13 @@ def poison(tiny, monkeypatch) -> Iterator[Poison]:
             scale = jnp.where(is_bad, jnp.float32(factor), jnp.float32(1))
             return {name: value * scale for name, value in found.items()}
 
-        monkeypatch.setattr(compiled, "_loss_sums", loss_sums)
+        monkeypatch.setattr(compiled_module, "_loss_sums", loss_sums)
         compiled = {}
 
         def compile_once(setup, options):  # it is the same for all runs of a test
             policy = setup.config.anomaly.policy
             if policy not in compiled:
-                compiled[policy] = step.compile_step(setup, options)
+                compiled[policy] = compile_step(setup, options)
             return compiled[policy]
 
         monkeypatch.setattr(startup, "compile_step", compile_once)

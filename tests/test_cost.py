@@ -19,6 +19,7 @@ import pytest
 
 import sharding
 from jaxllm.config import Config, DataConfig, LossConfig, ModelConfig, OptimizerConfig
+from jaxllm.inspect.collectives import read_collectives
 from jaxllm.step import Setup, compile_step, init_state, prepare
 
 MESHES = {
@@ -60,7 +61,7 @@ def moved(setup: Setup, step: jax.stages.Compiled) -> list[Moved]:
     text = step.as_text()
     assert text is not None
     found = []
-    for collective in sharding.read_collectives(text, setup.mesh):
+    for collective in read_collectives(text, setup.mesh):
         loops = ("jvp(loss)", "loss"), ("transpose(", "backward"), ("jvp(", "forward")
         loop = next((loop for word, loop in loops if word in collective.loop), "")
         for array in collective.arrays:

@@ -22,6 +22,7 @@ from jaxllm.config import (
     override,
 )
 from jaxllm.errors import InputError
+from jaxllm.inspect.collectives import read_collectives
 from jaxllm.kernels import choose_kernels
 from jaxllm.models import make_cache
 from jaxllm.step import compile_eval, compile_step, prepare
@@ -95,7 +96,7 @@ def sent(size: int, exchange: str) -> dict[str, float]:
     assert text is not None
     heads = f",{config.model.num_kv_heads},{config.model.head_dim}]"
     total = dict(forward=0.0, backward=0.0)
-    for found in sharding.read_collectives(text, mesh):
+    for found in read_collectives(text, mesh):
         of_weights = found.kind == "all-reduce"
         if found.arrays[0].endswith(heads) and not of_weights:
             assert (found.axes, found.count is None) == (("context",), False)

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import pytest
 
-import sharding
 from courses import (
     DATA,
     LENGTH,
@@ -25,6 +24,7 @@ from courses import (
     train,
 )
 from jaxllm.config import Config, LossConfig, ModelConfig, OptimizerConfig, override
+from jaxllm.inspect.collectives import read_collectives
 from jaxllm.step import compile_eval
 
 CONFIG = Config(
@@ -120,7 +120,7 @@ def test_a_step_sends_what_its_schedule_says():
     text = course.step.as_text()
     assert text is not None
     found = collections.Counter()
-    for sent in sharding.read_collectives(text, mesh):
+    for sent in read_collectives(text, mesh):
         if sent.axes == ("stage",):
             for array in sent.arrays:
                 place = "loop" if sent.loop else "step"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import sharding
+from jaxllm.inspect.collectives import read_collectives
 from jaxllm.models.moe.dispatch import sort_rows
 from jaxllm.models.moe.experts import LETTERS, Experts, run_experts
 
@@ -183,7 +184,7 @@ def test_tokens_move_as_many_bytes_as_the_formulas_say(capacity):
     with jax.set_mesh(mesh):
         step = compiled(run, "swiglu", capacity, "bytes").lower(*args).compile()
     sent = collections.defaultdict(float)
-    for one in sharding.read_collectives(step.as_text() or "", mesh):
+    for one in read_collectives(step.as_text() or "", mesh):
         if one.axes == ("expert",):
             sent[one.kind] += one.wire_bytes * (one.count or 1)
     # Not in a loop over layers, the backward pass takes what the forward pass received.

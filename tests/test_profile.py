@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import sharding
 from jaxllm.cluster.phases import Phases
 from jaxllm.errors import InputError
-from jaxllm.profile import Profiler, trace
-from jaxllm.timeline import format_timeline, share_time
-from jaxllm.traces import OUTSIDE, Event, read_events
+from jaxllm.inspect.operations import read_operations
+from jaxllm.inspect.profiler import Profiler, trace
+from jaxllm.inspect.timeline import format_timeline, share_time
+from jaxllm.inspect.traces import OUTSIDE, Event, read_events
 from jaxllm.train import train
 
 # As XLA writes a program for GPUs: a matmul in a fusion of Triton, one of our kernels,
@@ -60,7 +60,7 @@ metadata={op_name="jit(train_step)/optimizer/gather"}
 metadata={op_name="jit(train_step)/jvp(loss)/add"}
 }
 """
-OPERATIONS = sharding.read_operations(PROGRAM)
+OPERATIONS = read_operations(PROGRAM)
 
 
 def line_of(table: str, *words: str) -> list[str]:
@@ -201,7 +201,9 @@ def test_a_run_takes_the_steps_apart_that_it_is_told_to(tiny, tmp_path, caplog):
     plain = list(train(config, tmp_path / "plain"))
     losses = [[r["loss"] for r in each if "loss" in r] for each in (records, plain)]
     assert losses[0] == losses[1]
-    (said,) = [r.getMessage() for r in caplog.records if r.name == "jaxllm.profile"]
+    (said,) = [
+        r.getMessage() for r in caplog.records if r.name == "jaxllm.inspect.profiler"
+    ]
     text = (tmp_path / "run" / "profile" / "steps-10-11.txt").read_text()
     assert text.strip() in said
     table = text.partition("\n\n")[0]

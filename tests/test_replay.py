@@ -14,8 +14,8 @@ import pytest
 import sharding
 from jaxllm.data.batches import load_batches
 from jaxllm.data.splits import open_splits
-from jaxllm.diagnosis import diagnose
 from jaxllm.errors import InputError
+from jaxllm.inspect.diagnosis import diagnose
 from jaxllm.replay import describe, replay
 from jaxllm.step import init_state, prepare
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 import sharding
-from sharding import Collective, bill, read_collectives
+from jaxllm.inspect.collectives import Collective, bill, read_collectives
 
 MESH = dict(data=2, fsdp=2, tensor=2)
 

@@ -28,9 +28,10 @@ from jaxllm.config import (
     OptimizerConfig,
     override,
 )
+from jaxllm.inspect.collectives import read_collectives
+from jaxllm.inspect.hlo import bytes_of
 from jaxllm.step import compile_step, prepare
 from pallas_kernels import offline
-from sharding.hlo import bytes_of
 
 EXPERTS = {"model.moe.num_experts": 8, "model.moe.experts_per_token": 2}
 CASES = {  # sizes of the mesh; what else is changed of CONFIG
@@ -150,7 +151,7 @@ def moved(sizes: dict[str, int], changes: dict[str, Any]) -> list[Moved]:
             wire_bytes=c.wire_bytes * bytes_of(array) / c.num_bytes,
             source=c.source,
         )
-        for c in sharding.read_collectives(text, setup.mesh)
+        for c in read_collectives(text, setup.mesh)
         for array in c.arrays
         if _num_elements(array) >= SMALL
     ]

@@ -9,10 +9,10 @@ from typing import Any
 
 import jax
 
-import sharding
 from jaxllm.cluster.phases import Phases
-from jaxllm.timeline import format_timeline, share_time
-from jaxllm.traces import read_events
+from jaxllm.inspect.operations import read_operations
+from jaxllm.inspect.timeline import format_timeline, share_time
+from jaxllm.inspect.traces import read_events
 
 FOLDER = "profile"  # in the run's directory
 SKIPPED = 10  # steps before, which are slower than others
@@ -107,7 +107,7 @@ def explain(
       num_steps: that were traced.
       title: of the first table.
     """
-    operations = sharding.read_operations(program.as_text() or "")
+    operations = read_operations(program.as_text() or "")
     events = read_events(folder, MODULE, operations)
     timeline = share_time(events, operations, num_steps)
     return format_timeline(timeline, operations, f"{title}, on one device")

@@ -5,7 +5,7 @@ import dataclasses
 import re
 from typing import Literal
 
-from sharding.hlo import KINDS, Instruction, Module
+from jaxllm.inspect.hlo import KINDS, Instruction, Module
 
 Kind = Literal["matmul", "kernel", "communication", "control", "other"]
 

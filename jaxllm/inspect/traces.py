@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-import sharding
+from jaxllm.inspect.operations import Operation
 
 Stats = dict[str, Any]  # of an event
 
@@ -28,13 +28,13 @@ OUTSIDE = "outside"  # the operation of what other programs ran
 class Event:
     """One run of an operation on a device."""
 
-    operation: str  # key of what `sharding.read_operations` returns; or a kernel's name
+    operation: str  # key of what `read_operations` returns; or a kernel's name
     start_ns: float
     end_ns: float
 
 
 def read_events(
-    folder: Path, module: str, operations: Mapping[str, sharding.Operation]
+    folder: Path, module: str, operations: Mapping[str, Operation]
 ) -> list[Event]:
     """Returns what the first device in a trace did, but for loops as such.
 
@@ -90,7 +90,7 @@ def _on_cpu(data: Any) -> Iterator[tuple[Any, Stats]]:
     yield from (pair for pair in found if pair[1].get("device_ordinal", 0) == first)
 
 
-def _names_of_kernels(operations: Mapping[str, sharding.Operation]) -> dict[str, str]:
+def _names_of_kernels(operations: Mapping[str, Operation]) -> dict[str, str]:
     """Returns operations by what their kernels are called, where that tells them."""
     names = [(name.replace(".", "_").replace("-", "_"), name) for name in operations]
     for name, operation in operations.items():

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 import jax
 import numpy as np
 
-from sharding.hlo import KINDS, Groups, Module, bytes_of, replica_groups
+from jaxllm.inspect.hlo import KINDS, Groups, Module, bytes_of, replica_groups
 from sharding.report import format_table
 
 

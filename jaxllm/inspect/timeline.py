@@ -11,7 +11,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import sharding
-from jaxllm.traces import OUTSIDE, Event
+from jaxllm.inspect.operations import Operation
+from jaxllm.inspect.traces import OUTSIDE, Event
 
 # Scopes of the model and of the step: `jax.named_scope`.
 PARTS = (
@@ -49,7 +50,7 @@ class Timeline:
 
 def share_time(
     events: Sequence[Event],
-    operations: Mapping[str, sharding.Operation],
+    operations: Mapping[str, Operation],
     num_steps: int,
 ) -> Timeline:
     """Gives each instant to the operations that ran in it."""
@@ -83,7 +84,7 @@ def share_time(
 
 
 def format_timeline(
-    timeline: Timeline, operations: Mapping[str, sharding.Operation], title: str
+    timeline: Timeline, operations: Mapping[str, Operation], title: str
 ) -> str:
     """Returns a table of the parts of a step, and one of its longest operations."""
     steps_ms = 1e3 / timeline.num_steps
@@ -127,7 +128,7 @@ def format_timeline(
     )
 
 
-def _place(name: str, operations: Mapping[str, sharding.Operation]) -> tuple[str, str]:
+def _place(name: str, operations: Mapping[str, Operation]) -> tuple[str, str]:
     """Returns the part of a step and the pass of an operation."""
     if name == OUTSIDE:
         return "other programs", ""
@@ -147,7 +148,7 @@ def _place(name: str, operations: Mapping[str, sharding.Operation]) -> tuple[str
     return part or "rest", ""
 
 
-def _kind(name: str, operations: Mapping[str, sharding.Operation]) -> str:
+def _kind(name: str, operations: Mapping[str, Operation]) -> str:
     """Returns one of KINDS: by the name if that is of no instruction, but a kernel."""
     if name in operations:
         return operations[name].kind
