@@ -19,7 +19,7 @@ from jaxllm.cluster import agreement, membership
 from jaxllm.config import Config
 from jaxllm.data.batches import Batches, eval_batches
 from jaxllm.data.splits import check_vocab, open_splits
-from jaxllm.report import choices
+from jaxllm.plan.cost import choices
 from jaxllm.savedrun import Which, load_params, read_step
 from jaxllm.step import Setup, compile_eval, prepare
 

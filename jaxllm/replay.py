@@ -25,8 +25,8 @@ from jaxllm.data.batches import Batches, batch_of, load_batches
 from jaxllm.data.splits import check_vocab, data_fingerprint, open_splits
 from jaxllm.errors import InputError
 from jaxllm.inspect.diagnosis import Diagnosis, diagnose
+from jaxllm.plan.cost import choices
 from jaxllm.positions import Position, Positions
-from jaxllm.report import choices
 from jaxllm.resilience.anomalies import Anomalies
 from jaxllm.savedrun import has_tokenizer, load_run_tokenizer
 from jaxllm.step import Setup, compile_step, prepare

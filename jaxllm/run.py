@@ -11,13 +11,13 @@ from typing import Any
 
 import jax
 
-from jaxllm import budget
 from jaxllm.cluster.agreement import Poll, is_lead
 from jaxllm.cluster.phases import Phases
 from jaxllm.cluster.stragglers import Stragglers
 from jaxllm.data.batches import Batches, batch_of
 from jaxllm.evaluate import evaluate, held_out
 from jaxllm.inspect.profiler import Profiler
+from jaxllm.plan import budget
 from jaxllm.positions import Position, Positions
 from jaxllm.records.ledger import Ledger
 from jaxllm.records.metrics import LateMetrics, MetricsWriter, device_memory_bytes

@@ -27,11 +27,11 @@ from jaxllm.data.splits import (
 from jaxllm.errors import InputError
 from jaxllm.evaluate import held_out
 from jaxllm.inspect.profiler import FOLDER, SKIPPED, TRACEABLE, Profiler
-from jaxllm.kernels import check_kernels
+from jaxllm.plan.cost import choices, cost_report
+from jaxllm.plan.kernels import check_kernels
 from jaxllm.positions import Positions
 from jaxllm.records.ledger import Ledger
 from jaxllm.records.metrics import MetricsWriter, check_loggers
-from jaxllm.report import choices, cost_report
 from jaxllm.resilience.anomalies import Anomalies
 from jaxllm.run import Run
 from jaxllm.savedrun import save_tokenizer

@@ -23,8 +23,8 @@ from jaxllm.cluster.phases import Phases, process_age_s
 from jaxllm.cluster.preemption import Preempted, stop_signals
 from jaxllm.compilation import use_compilation_cache
 from jaxllm.config import Config
+from jaxllm.plan.cost import full_report
 from jaxllm.records.console import Console
-from jaxllm.report import full_report
 from jaxllm.resilience.anomalies import Rewind
 from jaxllm.run import Run
 from jaxllm.startup import open_run

@@ -21,7 +21,7 @@ from jaxllm.config import load_config
 from jaxllm.data.batches import load_batches
 from jaxllm.data.splits import open_splits
 from jaxllm.generate import generate, load_for_generation
-from jaxllm.report import full_report
+from jaxllm.plan.cost import full_report
 from jaxllm.sampling import Sampling
 from jaxllm.step import prepare
 from jaxllm.text.tokenizers import load_tokenizer

@@ -19,7 +19,6 @@ import jax
 import numpy as np
 
 import sharding
-from jaxllm.budget import flops_per_token, peak_flops
 from jaxllm.cluster.environment import has_gpus, prepare_gpus
 from jaxllm.config import (
     Config,
@@ -30,6 +29,7 @@ from jaxllm.config import (
     presets,
 )
 from jaxllm.inspect.profiler import TRACEABLE, explain, trace
+from jaxllm.plan.budget import flops_per_token, peak_flops
 from jaxllm.step import Setup, compile_step, init_state, prepare
 from pallas_kernels import offline
 

@@ -129,7 +129,7 @@ def make_step(model: nn.Module, device: str):
 
 
 def flops_a_token(model: dict[str, Any], length: int) -> float:
-    """Counts as jaxllm.budget.flops_per_token does: pairs that the mask allows."""
+    """Counts as jaxllm.plan.budget.flops_per_token does: pairs that the mask allows."""
     d, h = model["d_model"], model["head_dim"]
     heads = 2 * model["num_heads"] + 2 * model["num_kv_heads"]
     layer = d * h * heads + 3 * d * model["d_ff"]

@@ -22,7 +22,7 @@ import sharding
 from jaxllm import flags
 from jaxllm.config import Config
 from jaxllm.inspect.collectives import bill, read_collectives
-from jaxllm.report import choices
+from jaxllm.plan.cost import choices
 from jaxllm.step import compile_step, prepare
 from pallas_kernels import offline
 

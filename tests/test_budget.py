@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxllm.budget import (
+from jaxllm.config import KernelsConfig, MoEConfig, presets
+from jaxllm.models import Model
+from jaxllm.plan.budget import (
     BFLOAT16_PEAKS,
     flops_per_token,
     mean_keys,
@@ -19,8 +21,6 @@ from jaxllm.budget import (
     num_parameters,
     peak_flops,
 )
-from jaxllm.config import KernelsConfig, MoEConfig, presets
-from jaxllm.models import Model
 
 TINY = presets.tiny_1m()
 

@@ -7,8 +7,8 @@ import pytest
 import sharding
 from jaxllm.config import Config, DataConfig, ModelConfig, OptimizerConfig, override
 from jaxllm.errors import InputError
-from jaxllm.kernels import choose_kernels
-from jaxllm.report import choices
+from jaxllm.plan.cost import choices
+from jaxllm.plan.kernels import choose_kernels
 from jaxllm.step import prepare
 from pallas_kernels import mosaic
 

@@ -23,8 +23,8 @@ from jaxllm.config import (
 )
 from jaxllm.errors import InputError
 from jaxllm.inspect.collectives import read_collectives
-from jaxllm.kernels import choose_kernels
 from jaxllm.models import make_cache
+from jaxllm.plan.kernels import choose_kernels
 from jaxllm.step import compile_eval, compile_step, prepare
 from sharding import ShardingError
 

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm import budget
 from jaxllm.config import LossConfig, ModelConfig, MoEConfig, presets
 from jaxllm.models import Model, make_cache
+from jaxllm.plan import budget
 from jaxllm.step.loss import next_token_loss
 
 B, T = 2, 12

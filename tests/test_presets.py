@@ -5,9 +5,9 @@ import inspect
 
 import pytest
 
-from jaxllm.budget import num_active_parameters, num_parameters
 from jaxllm.config import ModelConfig, presets
 from jaxllm.errors import InputError
+from jaxllm.plan.budget import num_active_parameters, num_parameters
 
 KNOWN = {
     "tiny_1m": 920_704,

@@ -4,7 +4,8 @@
 import jax
 import pytest
 
-from jaxllm import flags, kernels
+from jaxllm import flags
+from jaxllm.plan import kernels
 from jaxllm.train import train
 from pallas_kernels import mosaic, self_check
 from pallas_kernels.choice import Choice

@@ -17,7 +17,7 @@ from jaxllm.config import (
     OptimizerConfig,
     override,
 )
-from jaxllm.report import choices
+from jaxllm.plan.cost import choices
 from jaxllm.step import compile_step, init_state, prepare
 from pallas_kernels import mosaic
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 
-from jaxllm import budget
-from jaxllm.kernels import choose_kernels
+from jaxllm.plan import budget
+from jaxllm.plan.kernels import choose_kernels
 from jaxllm.step import Setup
 
 

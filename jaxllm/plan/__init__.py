@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run will take, known before it starts: memory, FLOPs, kernels."""
