@@ -25,7 +25,8 @@ from jaxllm.data.batches import batch_of, load_batches
 from jaxllm.data.splits import open_splits
 from jaxllm.errors import InputError
 from jaxllm.resilience.anomalies import MIN_STEPS, WINDOW, Anomalies
-from jaxllm.step import prepare
+from jaxllm.step import compile_step, prepare
+from jaxllm.step import compiled as compiled_module
 from jaxllm.step.bounds import select
 from jaxllm.train import train
 from jaxllm.workdir import CHECKPOINTS
