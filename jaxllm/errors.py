@@ -10,3 +10,7 @@ class InputError(ValueError):
 
 class FullDiskError(OSError):
     """There is no room: no fault of the input, so entry points exit with 1."""
+
+
+class CheckpointError(OSError):
+    """A checkpoint cannot be written or read; the message says what to do."""

@@ -21,13 +21,19 @@ from typing import NoReturn
 import jax
 from absl import app, flags
 
-from jaxllm.checkpoint import CheckpointError
 from jaxllm.cluster import membership
 from jaxllm.cluster.environment import has_gpus, prepare_gpus
 from jaxllm.config import Config, load_config, override
 from jaxllm.config.fields import setting_types, settings, unknown_setting
 from jaxllm.config.saved import read_config
-from jaxllm.errors import FAILED, FINISHED, RESUMABLE, WRONG_INPUT, InputError
+from jaxllm.errors import (
+    FAILED,
+    FINISHED,
+    RESUMABLE,
+    WRONG_INPUT,
+    CheckpointError,
+    InputError,
+)
 from pallas_kernels.self_check import KernelMismatch
 from sharding import ShardingError
 

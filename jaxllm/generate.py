@@ -18,8 +18,8 @@ from jaxllm.config import Config
 from jaxllm.errors import InputError
 from jaxllm.models import Model
 from jaxllm.plan.kernels import choose_kernels
+from jaxllm.run.saved_model import Which, load_params, load_run_tokenizer, read_step
 from jaxllm.sampling import Sampling, sample_tokens
-from jaxllm.savedrun import Which, load_params, load_run_tokenizer, read_step
 from jaxllm.text.tokenizers import Tokenizer
 
 

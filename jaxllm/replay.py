@@ -19,6 +19,7 @@ from absl import flags as absl_flags
 import sharding
 from jaxllm import flags
 from jaxllm.checkpoint import Checkpoints
+from jaxllm.checkpoint.steps import CHECKPOINTS
 from jaxllm.cluster import agreement, membership
 from jaxllm.config import Config
 from jaxllm.data.batches import Batches, batch_of, load_batches
@@ -26,12 +27,11 @@ from jaxllm.data.splits import check_vocab, data_fingerprint, open_splits
 from jaxllm.errors import InputError
 from jaxllm.inspect.diagnosis import Diagnosis, diagnose
 from jaxllm.plan.cost import choices
-from jaxllm.positions import Position, Positions
-from jaxllm.resilience.anomalies import Anomalies
-from jaxllm.savedrun import has_tokenizer, load_run_tokenizer
+from jaxllm.run.anomalies import Anomalies
+from jaxllm.run.saved_model import has_tokenizer, load_run_tokenizer
+from jaxllm.run.saves import Position, Positions
 from jaxllm.step import Setup, compile_step, prepare
 from jaxllm.step.bounds import place_bounds
-from jaxllm.workdir import CHECKPOINTS
 
 SHOWN_ROWS = 5
 SHOWN_TOKENS = 24

@@ -21,13 +21,13 @@ from jaxllm import flags
 from jaxllm.cluster import agreement, membership
 from jaxllm.cluster.phases import Phases, process_age_s
 from jaxllm.cluster.preemption import Preempted, stop_signals
-from jaxllm.compilation import use_compilation_cache
 from jaxllm.config import Config
 from jaxllm.plan.cost import full_report
 from jaxllm.records.console import Console
-from jaxllm.resilience.anomalies import Rewind
-from jaxllm.run import Run
-from jaxllm.startup import open_run
+from jaxllm.run.anomalies import Rewind
+from jaxllm.run.compilation_cache import use_compilation_cache
+from jaxllm.run.run import Run
+from jaxllm.run.startup import open_run
 from jaxllm.step import prepare
 
 Record = dict[str, Any]

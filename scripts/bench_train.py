@@ -26,7 +26,7 @@ from absl import flags as absl_flags
 from jaxllm import flags
 from jaxllm.cluster.phases import Phases
 from jaxllm.config import CheckpointConfig, Config, EvalConfig, MeshConfig, ModelConfig
-from jaxllm.startup import open_run
+from jaxllm.run.startup import open_run
 
 FOREVER = 10**9
 

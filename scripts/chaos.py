@@ -35,12 +35,12 @@ from absl import flags as absl_flags
 import sharding
 from jaxllm import flags
 from jaxllm.checkpoint import Checkpoints, find_steps
+from jaxllm.checkpoint.steps import CHECKPOINTS
 from jaxllm.cluster.launch import COORDINATOR, NUM_PROCESSES, PROCESS_ID
 from jaxllm.config import Config, MeshConfig
 from jaxllm.errors import InputError
 from jaxllm.records.metrics import FILE, OF_THE_CLOCK
 from jaxllm.step import prepare
-from jaxllm.workdir import CHECKPOINTS
 
 KINDS = (signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP)
 KINDS_ALONE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)

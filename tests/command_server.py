@@ -19,7 +19,7 @@ import jaxllm.generate
 
 # Imported for the forks to have them.
 import jaxllm.records.console
-import jaxllm.run
+import jaxllm.run.run
 import jaxllm.tokenize  # noqa: F401
 
 LIMIT_S = 300

@@ -18,18 +18,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sharding
-from jaxllm import startup
 from jaxllm.checkpoint import Checkpoints
+from jaxllm.checkpoint.steps import CHECKPOINTS
 from jaxllm.config import AnomalyConfig, Config
 from jaxllm.data.batches import batch_of, load_batches
 from jaxllm.data.splits import open_splits
 from jaxllm.errors import InputError
-from jaxllm.resilience.anomalies import MIN_STEPS, WINDOW, Anomalies
+from jaxllm.run import startup
+from jaxllm.run.anomalies import MIN_STEPS, WINDOW, Anomalies
 from jaxllm.step import compile_step, prepare
 from jaxllm.step import compiled as compiled_module
 from jaxllm.step.bounds import select
 from jaxllm.train import train
-from jaxllm.workdir import CHECKPOINTS
 
 PATHS = ("a", "b")
 

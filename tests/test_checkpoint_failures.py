@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.checkpoint import CheckpointError, Checkpoints
+from jaxllm.checkpoint import Checkpoints
 from jaxllm.config import CheckpointConfig
-from jaxllm.errors import InputError
+from jaxllm.errors import CheckpointError, InputError
 
 ALL = CheckpointConfig(keep_latest=100)
 BIG = {"w": jnp.ones(2**20)}  # 4 MiB

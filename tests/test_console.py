@@ -63,7 +63,7 @@ def test_logs_of_ours_are_shown_and_warnings_of_others():
     try:
         with Console(10, file=file) as console:
             console.take_logs()
-            logging.getLogger("jaxllm.run").info("compiled")
+            logging.getLogger("jaxllm.run.run").info("compiled")
             logging.getLogger("absl").info("chatter")
             logging.getLogger("absl").warning("careful")
     finally:

@@ -11,8 +11,8 @@ import sharding
 from jaxllm.config import override
 from jaxllm.config.saved import read_config
 from jaxllm.errors import InputError
-from jaxllm.evaluate import evaluate, evaluate_run, held_out
-from jaxllm.savedrun import load_params
+from jaxllm.run.evaluation import evaluate, evaluate_run, held_out
+from jaxllm.run.saved_model import load_params
 from jaxllm.step import compile_eval, prepare
 
 

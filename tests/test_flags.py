@@ -12,11 +12,10 @@ import pytest
 
 import sharding
 from jaxllm import flags
-from jaxllm.checkpoint import CheckpointError
 from jaxllm.config import Config, DataConfig, OptimizerConfig, presets
 from jaxllm.config.fields import settings
 from jaxllm.config.saved import write_config
-from jaxllm.errors import InputError
+from jaxllm.errors import CheckpointError, InputError
 
 PROGRAM = '''\
 """Train something."""

@@ -16,13 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxllm.checkpoint import Checkpoints
+from jaxllm.checkpoint.steps import CHECKPOINTS
 from jaxllm.cluster.phases import Phases, process_age_s
 from jaxllm.config import CheckpointConfig
 from jaxllm.config.files import config_to_dict
 from jaxllm.records.json_lines import read_jsonlines
 from jaxllm.records.ledger import FILE, KINDS, Account, Ledger, read_ledger
 from jaxllm.train import train
-from jaxllm.workdir import CHECKPOINTS
 
 
 class Clock:

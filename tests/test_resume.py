@@ -14,11 +14,11 @@ import pytest
 
 import sharding
 from jaxllm.checkpoint import Checkpoints
+from jaxllm.checkpoint.steps import CHECKPOINTS
 from jaxllm.config import Config
 from jaxllm.config.files import config_to_dict
 from jaxllm.step import prepare
 from jaxllm.train import train
-from jaxllm.workdir import CHECKPOINTS
 
 LOSS_RTOL = 1e-5  # of a few float32 steps whose sums have another order
 

@@ -16,7 +16,7 @@ import sharding
 from jaxllm.cluster.phases import Phases
 from jaxllm.config.files import config_to_dict
 from jaxllm.errors import InputError
-from jaxllm.startup import open_run
+from jaxllm.run.startup import open_run
 from sharding import ShardingError
 
 FINISHED, FAILED, WRONG_INPUT = 0, 1, 2

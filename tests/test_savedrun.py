@@ -12,7 +12,7 @@ from jaxllm import tokenize
 from jaxllm.config.saved import read_config
 from jaxllm.errors import InputError
 from jaxllm.models import Model
-from jaxllm.savedrun import (
+from jaxllm.run.saved_model import (
     load_params,
     load_run_tokenizer,
     read_step,

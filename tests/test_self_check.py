@@ -71,7 +71,7 @@ def test_self_check_can_be_switched_off(tiny, tmp_path, monkeypatch):
     def refuse(*_):
         raise KernelMismatch
 
-    monkeypatch.setattr("jaxllm.startup.check_kernels", refuse)
+    monkeypatch.setattr("jaxllm.run.startup.check_kernels", refuse)
     with pytest.raises(KernelMismatch):
         next(train(tiny(), tmp_path / "on"))
     records = train(tiny({"kernels.self_check": False}), tmp_path / "off")

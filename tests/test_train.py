@@ -14,12 +14,12 @@ import pytest
 
 import sharding
 from jaxllm.checkpoint import Checkpoints
+from jaxllm.checkpoint.steps import CHECKPOINTS
 from jaxllm.cluster.preemption import Preempted
 from jaxllm.config.saved import read_config
 from jaxllm.errors import InputError
 from jaxllm.step import prepare
 from jaxllm.train import dry_run, due, train
-from jaxllm.workdir import CHECKPOINTS
 
 
 def lines(workdir: Path) -> list[dict]:

@@ -121,14 +121,14 @@ def test_the_silent_one_is_late_wherever_it_was():
 def test_a_verdict_names_process_host_pid_phase_and_line():
     signs = [
         Sign(LEAD, "step", 7, 12.0),
-        Sign(ONE, "data_wait", 7, 13.0, "jaxllm.run:9"),
+        Sign(ONE, "data_wait", 7, 13.0, "jaxllm.run.run:9"),
     ]
     verdict = judge(signs)
     assert verdict is not None
     assert verdict.reason == (
         "process 1 (node1, pid 101) is waiting for the data of step 7 for 13.0 s, at "
-        "jaxllm.run:9. The others wait for it: process 0 (node0, pid 100) is in step 7 "
-        "for 12.0 s."
+        "jaxllm.run.run:9. The others wait for it: process 0 (node0, pid 100) is in step "
+        "7 for 12.0 s."
     )
     assert verdict.status == 75
 

@@ -12,7 +12,7 @@ import pytest
 
 from jaxllm.config.saved import write_config
 from jaxllm.errors import InputError
-from jaxllm.workdir import claim
+from jaxllm.run.workdir import claim
 
 
 def names(folder) -> set[str]:

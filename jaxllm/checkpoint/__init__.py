@@ -2,8 +2,7 @@
 """The saves of a run: the only package that knows Orbax."""
 
 from jaxllm.checkpoint.checkpoints import Checkpoints
-from jaxllm.checkpoint.errors import CheckpointError
 from jaxllm.checkpoint.reading import verify_step
 from jaxllm.checkpoint.steps import find_steps
 
-__all__ = ["CheckpointError", "Checkpoints", "find_steps", "verify_step"]
+__all__ = ["Checkpoints", "find_steps", "verify_step"]

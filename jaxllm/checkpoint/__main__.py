@@ -10,9 +10,9 @@ are what was saved, 1 one is not, 2 wrong input.
 from pathlib import Path
 
 from jaxllm import flags
-from jaxllm.checkpoint import CheckpointError, find_steps, verify_step
-from jaxllm.errors import InputError
-from jaxllm.workdir import CHECKPOINTS
+from jaxllm.checkpoint import find_steps, verify_step
+from jaxllm.checkpoint.steps import CHECKPOINTS
+from jaxllm.errors import CheckpointError, InputError
 
 
 def main(argv: list[str]) -> int:

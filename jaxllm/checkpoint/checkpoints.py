@@ -18,18 +18,18 @@ import jax
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from jaxllm.checkpoint.errors import CheckpointError, reason
 from jaxllm.checkpoint.leftovers import end_leftovers
 from jaxllm.checkpoint.reading import (
     orbax_context,
     read_json,
     read_params,
     read_step,
+    reason,
     with_checksums,
 )
 from jaxllm.checkpoint.steps import find_steps, set_aside
 from jaxllm.config import CheckpointConfig
-from jaxllm.errors import InputError
+from jaxllm.errors import CheckpointError, InputError
 
 _log = logging.getLogger(__name__)
 

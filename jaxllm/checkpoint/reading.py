@@ -12,9 +12,8 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from jaxllm.checkpoint.checksum import checksums, json_checksum
-from jaxllm.checkpoint.errors import CheckpointError, reason
 from jaxllm.checkpoint.leftovers import end_leftovers
-from jaxllm.errors import InputError
+from jaxllm.errors import CheckpointError, InputError
 
 _log = logging.getLogger(__name__)
 _CHECKSUMS = "checksums"  # in data.json, by path of the array
@@ -177,3 +176,8 @@ def _placed(abstract: Any) -> Any:
         ),
         abstract,
     )
+
+
+def reason(error: Exception) -> str:
+    """Returns the first line of an error, to be put into a sentence."""
+    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from jaxllm.errors import InputError
 
+CHECKPOINTS = "checkpoints"  # the folder of the steps in a run's directory
+
 _PARTS = (  # of every whole step; hashes of the contents would be checked with them
     "commit_success.txt",
     "_CHECKPOINT_METADATA",

@@ -15,13 +15,13 @@ from jaxllm.cluster.agreement import Poll, is_lead
 from jaxllm.cluster.phases import Phases
 from jaxllm.cluster.stragglers import Stragglers
 from jaxllm.data.batches import Batches, batch_of
-from jaxllm.evaluate import evaluate, held_out
 from jaxllm.inspect.profiler import Profiler
 from jaxllm.plan import budget
-from jaxllm.positions import Position, Positions
 from jaxllm.records.ledger import Ledger
 from jaxllm.records.metrics import LateMetrics, MetricsWriter, device_memory_bytes
-from jaxllm.resilience.anomalies import Anomalies, Rewind
+from jaxllm.run.anomalies import Anomalies, Rewind
+from jaxllm.run.evaluation import evaluate, held_out
+from jaxllm.run.saves import Position, Positions
 from jaxllm.step import Setup, TrainState
 from jaxllm.step.bounds import place_bounds
 

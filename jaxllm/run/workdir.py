@@ -10,13 +10,13 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from jaxllm.checkpoint.steps import CHECKPOINTS
 from jaxllm.cluster.watchdog import STALLS
 from jaxllm.config import Config
 from jaxllm.config.saved import compare_configs, read_values
 from jaxllm.errors import InputError
 from jaxllm.inspect.profiler import FOLDER
 
-CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"
 _OWN = (
     "config.json",

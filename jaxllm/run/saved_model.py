@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxllm.checkpoint import Checkpoints
+from jaxllm.checkpoint.steps import CHECKPOINTS
 from jaxllm.config import Config
 from jaxllm.data.manifest import MANIFEST
 from jaxllm.errors import InputError
+from jaxllm.run.workdir import TOKENIZER
 from jaxllm.text.tokenizers import HFTokenizer, Tokenizer, load_tokenizer
-from jaxllm.workdir import CHECKPOINTS, TOKENIZER
 
 Which = int | Literal["latest", "best"]
 

@@ -12,6 +12,7 @@ import jax
 
 import sharding
 from jaxllm.checkpoint import Checkpoints
+from jaxllm.checkpoint.steps import CHECKPOINTS
 from jaxllm.cluster.agreement import Poll, describe, is_lead, of_lead, on_lead
 from jaxllm.cluster.phases import Phases
 from jaxllm.cluster.stragglers import Stragglers
@@ -25,16 +26,17 @@ from jaxllm.data.splits import (
     open_splits,
 )
 from jaxllm.errors import InputError
-from jaxllm.evaluate import held_out
 from jaxllm.inspect.profiler import FOLDER, SKIPPED, TRACEABLE, Profiler
 from jaxllm.plan.cost import choices, cost_report
 from jaxllm.plan.kernels import check_kernels
-from jaxllm.positions import Positions
 from jaxllm.records.ledger import Ledger
 from jaxllm.records.metrics import MetricsWriter, check_loggers
-from jaxllm.resilience.anomalies import Anomalies
-from jaxllm.run import Run
-from jaxllm.savedrun import save_tokenizer
+from jaxllm.run.anomalies import Anomalies
+from jaxllm.run.evaluation import held_out
+from jaxllm.run.run import Run
+from jaxllm.run.saved_model import save_tokenizer
+from jaxllm.run.saves import Positions
+from jaxllm.run.workdir import claim
 from jaxllm.step import (
     Setup,
     compile_check,
@@ -42,7 +44,6 @@ from jaxllm.step import (
     compile_step,
     prepare,
 )
-from jaxllm.workdir import CHECKPOINTS, claim
 
 Compiled = jax.stages.Compiled
 _log = logging.getLogger(__name__)
