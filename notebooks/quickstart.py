@@ -19,10 +19,9 @@ from jaxllm import tokenize
 from jaxllm.config import load_config
 from jaxllm.data.batches import load_batches
 from jaxllm.data.splits import open_splits
-from jaxllm.generate import generate, load_for_generation
+from jaxllm.inference import Sampling, generate, load_for_generation
 from jaxllm.plan.cost import full_report
 from jaxllm.run.compilation_cache import use_compilation_cache
-from jaxllm.sampling import Sampling
 from jaxllm.step import prepare
 from jaxllm.text.tokenizers import load_tokenizer
 from jaxllm.train import train

@@ -11,8 +11,7 @@ import pytest
 
 from jaxllm.config.saved import read_config
 from jaxllm.errors import InputError
-from jaxllm.generate import generate, load_for_generation
-from jaxllm.sampling import Sampling
+from jaxllm.inference import Sampling, generate, load_for_generation
 from jaxllm.text.tokenizers import BytesTokenizer
 
 GREEDY = Sampling(temperature=0.0)

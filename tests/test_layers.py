@@ -43,7 +43,7 @@ LAYERS = (
     ("jaxllm.step.bounds", "jaxllm.step.microbatches"),
     ("jaxllm.plan.kernels",),
     ("jaxllm.step", "jaxllm.checkpoint"),
-    ("jaxllm.run.saved_model", "jaxllm.sampling", "jaxllm.plan.cost"),
+    ("jaxllm.run.saved_model", "jaxllm.inference.sampling", "jaxllm.plan.cost"),
     ("jaxllm.inspect.diagnosis",),
     ("jaxllm.flags", "jaxllm.run.saves", "jaxllm.cluster.stragglers"),
     ("jaxllm.evaluate", "jaxllm.generate"),

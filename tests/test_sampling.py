@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 import sharding
 from jaxllm.config import ModelConfig
 from jaxllm.errors import InputError
+from jaxllm.inference import Sampling
+from jaxllm.inference.sampling import keep_likely, sample_tokens
 from jaxllm.models import Model
-from jaxllm.sampling import Sampling, keep_likely, sample_tokens
 
 CONFIG = ModelConfig(
     vocab_size=24,

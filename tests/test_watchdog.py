@@ -127,8 +127,8 @@ def test_a_verdict_names_process_host_pid_phase_and_line():
     assert verdict is not None
     assert verdict.reason == (
         "process 1 (node1, pid 101) is waiting for the data of step 7 for 13.0 s, at "
-        "jaxllm.run.run:9. The others wait for it: process 0 (node0, pid 100) is in step "
-        "7 for 12.0 s."
+        "jaxllm.run.run:9. The others wait for it: process 0 (node0, pid 100) is in "
+        "step 7 for 12.0 s."
     )
     assert verdict.status == 75
 

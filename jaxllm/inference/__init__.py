@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokens and text out of a model."""
+
+from jaxllm.inference.generation import generate, load_for_generation
+from jaxllm.inference.sampling import Sampling
+
+__all__ = ["Sampling", "generate", "load_for_generation"]
