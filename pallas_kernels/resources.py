@@ -20,8 +20,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pallas_kernels import interpreter, offline
+from pallas_kernels import offline
 from pallas_kernels.case import Case, Search
+from pallas_kernels.mosaic import interpreter
 
 FILE = offline.DEVICES / "nvidia_h200_resources.json"
 VERSION = ".".join(map(str, interpreter.JAX_VERSION))  # compilers come with jax

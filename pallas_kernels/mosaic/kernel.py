@@ -14,8 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.interpreter import interpret as interpret
-from pallas_kernels.interpreter import is_interpreted as is_interpreted
+from pallas_kernels.mosaic.interpreter import is_interpreted
 
 
 def kernel(
