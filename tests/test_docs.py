@@ -62,7 +62,7 @@ ELSEWHERE = {  # beginning of a command: why it does not run here
     ".venv/bin/pre-commit install": "would change the git hooks",
 }
 RUNS_HERE = (
-    *("python -m jaxllm.", "python -m pallas_kernels.resources --predict"),
+    *("python -m jaxllm.", "python -m pallas_kernels.offline.resources --predict"),
     "gzip -dc corpus.txt.gz | python -m jaxllm.",
     'python -c "import json',
 )

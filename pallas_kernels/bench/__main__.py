@@ -10,9 +10,9 @@ times of plain JAX, cuDNN and whatever of torch, Tokamax and Liger can be import
 where our rounds vary by more than 10 %, all of them once more. Results are written
 after every case, to `<device>_<date>.json` and `.md`, so a run that is killed loses one
 case. A kernel that hangs or crashes costs its own worker process only. `--tune` also
-times the tiles that compiled offline without spills (`python -m
-pallas_kernels.resources --tiles`) and rewrites `devices/<device>.json`. `--dry` runs
-all of this on tiny shapes on the CPU: it proves the code and measures nothing.
+times the tiles that compiled without spills (`python -m
+pallas_kernels.offline.resources --tiles`) and rewrites `devices/<device>.json`. `--dry`
+runs all of this on tiny shapes on the CPU: it proves the code and measures nothing.
 """
 
 import argparse

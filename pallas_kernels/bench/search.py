@@ -11,11 +11,11 @@ from typing import Any
 
 import jax
 
-from pallas_kernels import resources
 from pallas_kernels.bench import check
 from pallas_kernels.bench.options import Options
 from pallas_kernels.bench.timing import Entrant, time_in_turns
 from pallas_kernels.case import Case, Search
+from pallas_kernels.offline import resources
 
 WORSE = 1.02  # what the shipped tile may take, relative to the best, and stay
 

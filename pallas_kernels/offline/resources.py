@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the kernels of each case take on the chip: compiled offline, kept in a file.
 
-    python -m pallas_kernels.resources [operation ...] [--part NAME] [--tiles]
+    python -m pallas_kernels.offline.resources [operation ...] [--part NAME] [--tiles]
 
 compiles the cases, for an H200 that need not be there, prints a table with the time
 that bytes and FLOPs allow, and rewrites their entries in
@@ -20,11 +20,19 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pallas_kernels import offline
 from pallas_kernels.case import Case, Search
 from pallas_kernels.mosaic import interpreter
+from pallas_kernels.offline.compile import (
+    OPERATIONS,
+    Compiled,
+    Resources,
+    compile_in_subprocess,
+    find_cases,
+    format_resources,
+)
+from pallas_kernels.tuning import DEVICES
 
-FILE = offline.DEVICES / "nvidia_h200_resources.json"
+FILE = DEVICES / "nvidia_h200_resources.json"
 VERSION = ".".join(map(str, interpreter.JAX_VERSION))  # compilers come with jax
 REGISTERS_SLACK = 8  # ptxas allots them in eights
 SHARED_SLACK = 1024  # barriers and alignment
@@ -42,7 +50,7 @@ def entry(operation: str, name: str) -> dict[str, Any]:
     return recorded().get(VERSION, {}).get(operation, {}).get(name, {})
 
 
-def faults(compiled: offline.Compiled, *, needs_hgmma: bool) -> list[str]:
+def faults(compiled: Compiled, *, needs_hgmma: bool) -> list[str]:
     """Returns what is wrong with any kernel, in words; [] if nothing is."""
     if compiled.status:
         last = compiled.output.strip().splitlines()[-1:]  # no frames, with their paths
@@ -63,7 +71,7 @@ def faults(compiled: offline.Compiled, *, needs_hgmma: bool) -> list[str]:
 
 
 def differences(
-    compiled: offline.Compiled, golden: Mapping[str, Mapping[str, Any]]
+    compiled: Compiled, golden: Mapping[str, Mapping[str, Any]]
 ) -> list[str]:
     """Returns where kernels differ from what is on record, in words."""
     found = []
@@ -81,9 +89,9 @@ def differences(
     return found
 
 
-def by_name(kernels: Sequence[offline.Resources]) -> dict[str, offline.Resources]:
+def by_name(kernels: Sequence[Resources]) -> dict[str, Resources]:
     """Returns kernels by a name that does not tell in which order they compiled."""
-    found: dict[str, offline.Resources] = {}
+    found: dict[str, Resources] = {}
     for kernel in sorted(kernels, key=lambda k: (k.registers, k.shared_bytes)):
         name = re.sub(r"_\d+$", "", kernel.kernel)
         alike = sum(re.sub(r" \d+$", "", other) == name for other in found)
@@ -105,11 +113,11 @@ def compile_and_record(
     Returns:
       Whether all of them compiled without a fault.
     """
-    cases = [case for name in operations for case in offline.find_cases(name, part)]
+    cases = [case for name in operations for case in find_cases(name, part)]
     rows, good = [], True
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         compiled = pool.map(
-            lambda case: offline.compile_in_subprocess(case.operation, case.name), cases
+            lambda case: compile_in_subprocess(case.operation, case.name), cases
         )
         for case, result in zip(cases, compiled, strict=True):
             rows += [(case, kernel) for kernel in result.kernels]
@@ -126,7 +134,7 @@ def compile_and_record(
                 new["tiles"] = _judge_tiles(case, pool)
             if not found:
                 _rewrite(case, new)
-    print(offline.format_resources(rows))
+    print(format_resources(rows))
     print(format_predictions(cases))
     return good
 
@@ -137,7 +145,7 @@ def _judge_tiles(
     """Returns what is wrong with each tile of each kernel, "" if nothing is."""
 
     def judge(candidate):
-        compiled = offline.compile_in_subprocess(case.operation, case.name, candidate)
+        compiled = compile_in_subprocess(case.operation, case.name, candidate)
         return "; ".join(faults(compiled, needs_hgmma=False))[:200]
 
     found = {}
@@ -147,7 +155,7 @@ def _judge_tiles(
     return found
 
 
-def _facts(kernel: offline.Resources) -> dict[str, Any]:
+def _facts(kernel: Resources) -> dict[str, Any]:
     facts = dataclasses.asdict(kernel)
     del facts["kernel"]
     return facts
@@ -183,15 +191,15 @@ def format_predictions(cases: Sequence[Case]) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m pallas_kernels.resources")
-    parser.add_argument("operations", nargs="*", default=list(offline.OPERATIONS))
+    parser = argparse.ArgumentParser(prog="python -m pallas_kernels.offline.resources")
+    parser.add_argument("operations", nargs="*", default=list(OPERATIONS))
     parser.add_argument("--part", default="", help="of the names of cases")
     parser.add_argument("--tiles", action="store_true", help="every tile of a search")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--predict", action="store_true", help="compile nothing")
     asked = parser.parse_args(arguments)
     if asked.predict:
-        named = [c for o in asked.operations for c in offline.find_cases(o, asked.part)]
+        named = [c for o in asked.operations for c in find_cases(o, asked.part)]
         print(format_predictions(named))
         return 0
     good = compile_and_record(asked.operations, asked.part, asked.tiles, asked.jobs)
