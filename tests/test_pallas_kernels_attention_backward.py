@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels import mosaic
-from pallas_kernels.attention import backward as split
-from pallas_kernels.attention import backward_fused as fused
 from pallas_kernels.attention import ranges
+from pallas_kernels.attention.hopper import backward_fused as fused
+from pallas_kernels.attention.hopper import backward_split as split
 from pallas_kernels.attention.reference import masked_attention
 from pallas_kernels.attention.tiles import (
     BackwardTile,

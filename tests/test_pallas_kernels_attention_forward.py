@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import mosaic
-from pallas_kernels.attention import forward as kernel
-from pallas_kernels.attention import forward_plan, ranges
+from pallas_kernels.attention import ranges
+from pallas_kernels.attention.hopper import forward as kernel
+from pallas_kernels.attention.hopper import forward_plan
 from pallas_kernels.attention.reference import masked_attention
 from pallas_kernels.attention.tiles import ForwardTile
 

@@ -2,7 +2,7 @@
 """Softmax attention of a decoder."""
 
 from pallas_kernels.attention.op import attention, choose_attention
-from pallas_kernels.attention.ranged import RangedAttention, merge_parts
+from pallas_kernels.attention.partial import RangedAttention, merge_parts
 from pallas_kernels.attention.ranges import key_ranges
 
 __all__ = [

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.attention.arguments import check_arguments
-from pallas_kernels.attention.kernels import Kernels
+from pallas_kernels.attention.hopper.passes import Kernels
 from pallas_kernels.attention.ranges import key_ranges
 from pallas_kernels.attention.reference import attention_reference
 from pallas_kernels.choice import Choice, Implementation, choose

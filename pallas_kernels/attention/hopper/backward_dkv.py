@@ -18,8 +18,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic
-from pallas_kernels.attention.backward_plan import ROWS, BackwardPlan, Inputs, zeros
-from pallas_kernels.attention.backward_walk import Step, Walk, walk_kernel
+from pallas_kernels.attention.hopper.backward_plan import (
+    ROWS,
+    BackwardPlan,
+    Inputs,
+    zeros,
+)
+from pallas_kernels.attention.hopper.backward_walk import Step, Walk, walk_kernel
 from pallas_kernels.attention.tiles import KeyGradientTile
 
 MAX_OWN_WIDTH = 128  # of heads, where a warpgroup has keys of its own

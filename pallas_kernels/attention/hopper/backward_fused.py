@@ -18,9 +18,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic
-from pallas_kernels.attention.backward_dkv import own_scores, store_both
-from pallas_kernels.attention.backward_plan import ROWS, BackwardPlan, zeros
-from pallas_kernels.attention.backward_walk import Step, Walk, walk_kernel
+from pallas_kernels.attention.hopper.backward_dkv import own_scores, store_both
+from pallas_kernels.attention.hopper.backward_plan import ROWS, BackwardPlan, zeros
+from pallas_kernels.attention.hopper.backward_walk import Step, Walk, walk_kernel
 from pallas_kernels.attention.tiles import KeyGradientTile
 
 

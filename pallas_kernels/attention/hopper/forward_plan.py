@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.attention.logits import LOG2E
+from pallas_kernels.attention.hopper.logits import LOG2E
 from pallas_kernels.attention.ranges import query_tile_bounds
 from pallas_kernels.attention.tiles import ForwardTile
 

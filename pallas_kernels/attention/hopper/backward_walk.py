@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic
-from pallas_kernels.attention.backward_plan import (
+from pallas_kernels.attention.hopper.backward_plan import (
     REGISTERS,
     ROWS,
     BackwardPlan,

@@ -11,7 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention.kernels import Kernels
+from pallas_kernels.attention.hopper.passes import Kernels
 from pallas_kernels.attention.op import choose_attention
 from pallas_kernels.attention.ranges import visible_in_ranges
 from pallas_kernels.attention.reference import masked_attention, masked_gradients

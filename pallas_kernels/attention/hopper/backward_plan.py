@@ -19,8 +19,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention.forward_plan import L2_BYTES
-from pallas_kernels.attention.logits import LOG2E, tanh
+from pallas_kernels.attention.hopper.forward_plan import L2_BYTES
+from pallas_kernels.attention.hopper.logits import LOG2E, tanh
 from pallas_kernels.attention.ranges import key_tile_bounds
 
 ROWS = 64  # of the least product that a warpgroup makes

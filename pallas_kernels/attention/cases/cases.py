@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The calls of `calls.py` as cases: what runs them, and the work they cannot avoid."""
+"""The calls of `shapes.py` as cases: what runs them, and the work they cannot avoid."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,9 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.attention.calls import CALLS, DECODE, FUSED, SEARCHED, TINY, Call
+from pallas_kernels.attention.cases.searches import searches
+from pallas_kernels.attention.cases.shapes import (
+    CALLS,
+    DECODE,
+    FUSED,
+    SEARCHED,
+    TINY,
+    Call,
+)
 from pallas_kernels.attention.op import attention, attention_refusals
-from pallas_kernels.attention.searches import searches
 from pallas_kernels.attention.tiles import backward_tile, forward_tile, fused_tile
 from pallas_kernels.case import Case
 from pallas_kernels.target import Target

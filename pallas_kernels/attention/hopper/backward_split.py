@@ -10,9 +10,9 @@ import math
 
 import jax
 
-from pallas_kernels.attention.backward_dkv import backward_dkv
-from pallas_kernels.attention.backward_dq import backward_dq
-from pallas_kernels.attention.backward_plan import ROWS, BackwardPlan
+from pallas_kernels.attention.hopper.backward_dkv import backward_dkv
+from pallas_kernels.attention.hopper.backward_dq import backward_dq
+from pallas_kernels.attention.hopper.backward_plan import ROWS, BackwardPlan
 from pallas_kernels.attention.tiles import BackwardTile
 
 

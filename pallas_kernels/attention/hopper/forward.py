@@ -21,8 +21,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic
-from pallas_kernels.attention.forward_plan import Place, Plan, Steps
-from pallas_kernels.attention.logits import LOG2E, tanh
+from pallas_kernels.attention.hopper.forward_plan import Place, Plan, Steps
+from pallas_kernels.attention.hopper.logits import LOG2E, tanh
 from pallas_kernels.attention.tiles import ForwardTile
 
 # The greatest logit of a query that has seen no key. Finite: a masked logit, -inf,

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic
-from pallas_kernels.attention.backward_plan import (
+from pallas_kernels.attention.hopper.backward_plan import (
     REGISTERS,
     ROWS,
     BackwardPlan,
@@ -24,7 +24,7 @@ from pallas_kernels.attention.backward_plan import (
     hide,
     zeros,
 )
-from pallas_kernels.attention.forward_plan import Place, Plan
+from pallas_kernels.attention.hopper.forward_plan import Place, Plan
 from pallas_kernels.attention.tiles import ForwardTile, QueryGradientTile
 
 LANES = plgpu.Layout.WGMMA.reduce(1)  # a number a query, beside [queries, keys]

@@ -7,10 +7,10 @@ from typing import Any
 
 import jax
 
-from pallas_kernels.attention.backward import backward
-from pallas_kernels.attention.backward_fused import backward_fused
-from pallas_kernels.attention.calls import Call
-from pallas_kernels.attention.forward import forward
+from pallas_kernels.attention.cases.shapes import Call
+from pallas_kernels.attention.hopper.backward_fused import backward_fused
+from pallas_kernels.attention.hopper.backward_split import backward
+from pallas_kernels.attention.hopper.forward import forward
 from pallas_kernels.attention.tiles import (
     BackwardTile,
     ForwardTile,
