@@ -14,10 +14,14 @@ from pallas_kernels import mosaic
 from pallas_kernels.cross_entropy import (
     Terms,
     choose_cross_entropy,
-    chunked,
     linear_cross_entropy,
 )
-from pallas_kernels.cross_entropy.kernel import MARGIN, exponentials, make_gradient
+from pallas_kernels.cross_entropy.hopper import chunked
+from pallas_kernels.cross_entropy.hopper.kernels import (
+    MARGIN,
+    exponentials,
+    make_gradient,
+)
 from pallas_kernels.cross_entropy.tiles import Tile, fit, rows_of_logits
 from pallas_kernels.target import Target
 

@@ -15,9 +15,9 @@ from pallas_kernels.grouped_matmul import (
     choose_grouped_matmul,
     grouped_matmul,
     grouped_matmul_reference,
-    schedule,
 )
 from pallas_kernels.grouped_matmul.cases import cases
+from pallas_kernels.grouped_matmul.hopper import schedule
 from pallas_kernels.grouped_matmul.op import rows_times_rows, rows_times_weights
 from pallas_kernels.grouped_matmul.tiles import Tile
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.case import Case, Search
 from pallas_kernels.cross_entropy import tiles
-from pallas_kernels.cross_entropy.kernel import exponentials, make_gradient
+from pallas_kernels.cross_entropy.hopper.kernels import exponentials, make_gradient
 from pallas_kernels.cross_entropy.op import linear_cross_entropy
 from pallas_kernels.cross_entropy.tiles import DEFAULTS, EXPONENTIALS, GRADIENT, Tile
 

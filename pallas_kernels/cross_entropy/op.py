@@ -4,7 +4,7 @@
 import jax
 
 from pallas_kernels.choice import Choice, Implementation, choose
-from pallas_kernels.cross_entropy.chunked import chunked_cross_entropy
+from pallas_kernels.cross_entropy.hopper.chunked import chunked_cross_entropy
 from pallas_kernels.cross_entropy.reference import Terms, reference_cross_entropy
 from pallas_kernels.cross_entropy.tiles import LEAST_WORDS, VECTOR
 from pallas_kernels.target import Target, current_target

@@ -9,10 +9,10 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.choice import Choice, Implementation, choose
-from pallas_kernels.grouped_matmul import schedule
-from pallas_kernels.grouped_matmul.rows import multiply_rows
+from pallas_kernels.grouped_matmul.hopper import schedule
+from pallas_kernels.grouped_matmul.hopper.rows import multiply_rows
+from pallas_kernels.grouped_matmul.hopper.weights import multiply_weights
 from pallas_kernels.grouped_matmul.tiles import Tile, find_tile
-from pallas_kernels.grouped_matmul.weights import multiply_weights
 from pallas_kernels.target import Target, current_target
 
 

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.case import Case, Search
-from pallas_kernels.norm.backward import backward
-from pallas_kernels.norm.forward import forward
+from pallas_kernels.norm.hopper.backward import backward
+from pallas_kernels.norm.hopper.forward import forward
 from pallas_kernels.norm.op import layer_norm, rms_norm
 from pallas_kernels.norm.reference import layer_norm_reference, rms_norm_reference
 from pallas_kernels.norm.tiles import Tile, choose_tile, share, stage, with_slots

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.choice import Choice, Implementation, choose
-from pallas_kernels.norm.backward import backward
-from pallas_kernels.norm.forward import forward
+from pallas_kernels.norm.hopper.backward import backward
+from pallas_kernels.norm.hopper.forward import forward
 from pallas_kernels.norm.reference import layer_norm_reference, rms_norm_reference
 from pallas_kernels.norm.tiles import COPY_BYTES, Tile, choose_tile
 from pallas_kernels.target import Target, current_target

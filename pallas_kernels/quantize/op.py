@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from pallas_kernels.choice import Choice, Implementation, choose
-from pallas_kernels.quantize.kernel import quantize_tiles
+from pallas_kernels.quantize.hopper.kernel import quantize_tiles
 from pallas_kernels.quantize.reference import (
     BLOCK,
     Quantized,

@@ -10,9 +10,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic
-from pallas_kernels.grouped_matmul import pipeline
-from pallas_kernels.grouped_matmul.pipeline import CHUNK
-from pallas_kernels.grouped_matmul.schedule import ALIGNMENT, RowTiles
+from pallas_kernels.grouped_matmul.hopper import pipeline
+from pallas_kernels.grouped_matmul.hopper.pipeline import CHUNK
+from pallas_kernels.grouped_matmul.hopper.schedule import ALIGNMENT, RowTiles
 from pallas_kernels.grouped_matmul.tiles import (
     DEPTH,
     NUM_WARPGROUPS,

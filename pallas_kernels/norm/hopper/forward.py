@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.norm import rows
-from pallas_kernels.norm.sweep import sweep
+from pallas_kernels.norm.hopper import rows
+from pallas_kernels.norm.hopper.sweep import sweep
 from pallas_kernels.norm.tiles import Tile
 
 

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic
-from pallas_kernels.norm import rows
+from pallas_kernels.norm.hopper import rows
 from pallas_kernels.norm.tiles import WARPGROUP, Tile
 from pallas_kernels.target import current_target
 

@@ -12,7 +12,7 @@ a training, that error is many times that of the reference.
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.cross_entropy.kernel import exponentials, make_gradient
+from pallas_kernels.cross_entropy.hopper.kernels import exponentials, make_gradient
 from pallas_kernels.cross_entropy.reference import Terms, matmul, sum_over
 from pallas_kernels.cross_entropy.tiles import (
     EXPONENTIALS,

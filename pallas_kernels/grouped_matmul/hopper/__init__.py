@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The grouped matmul kernels of NVIDIA Hopper (sm_90a)."""
