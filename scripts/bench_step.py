@@ -12,8 +12,7 @@ the second round finds its programs in the compilation cache. Written after each
 tokens/s, MFU of the data sheet's 989 TFLOP/s, the largest memory in use beside what XLA
 predicted, losses, which must agree but for torch's, whose first parameters and tokens
 are others, and of some arms where the time of two more steps went. Our first arm also
-leaves what XLA knows of the device (target_config.pbtxt) and its autotuning results
-(autotune_results.pbtxt).
+leaves what XLA knows of the device (target_config.pbtxt).
 
 --predict compiles for an H200 that is not there, for the memory only; it needs
 `make .venv/cuda`. --tiny runs all of this on any machine, in seconds, for a test.
@@ -140,7 +139,7 @@ def _run_arm(
         )
     except subprocess.TimeoutExpired:
         return {"arm": name, "failed": f"not done in {timeout_s:.0f} s"}
-    _keep_device_files(folder, asked.output)
+    _keep_device_file(folder, asked.output)
     with (asked.output / f"{asked.stem}.log").open("a") as log:
         log.write(f"=== {name}\n{ended.stdout}{ended.stderr}\n")
     lines = [line for line in ended.stdout.splitlines() if line.startswith("{")]
@@ -180,26 +179,18 @@ def _environment(folder: Path, asked: argparse.Namespace, first: bool):
             "JAX_ENABLE_COMPILATION_CACHE": "false",
         }
     elif first and not asked.tiny:
-        # XLA writes the device's description and what it autotuned beside its dumps.
+        # XLA writes the device's description beside its dumps.
         (folder / "dump").mkdir()
         flags = f"--xla_dump_to={folder / 'dump'} --xla_dump_hlo_module_re=.*train_step"
-        results = folder / "dump" / "autotune_results.pbtxt"
-        flags += f" --xla_gpu_dump_autotune_results_to={results}"
         environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
     return environment
 
 
-def _keep_device_files(folder: Path, output: Path) -> None:
+def _keep_device_file(folder: Path, output: Path) -> None:
     """Copies what XLA said of the device once, if it has just said so."""
-    for kind, name in (
-        ("gpu_target_config", "target_config.pbtxt"),
-        ("autotune_results", "autotune_results.pbtxt"),
-    ):
-        files = sorted(
-            (folder / "dump").glob(f"*{kind}*"), key=lambda p: p.stat().st_size
-        )
-        if files:
-            shutil.copy(files[-1], output / name)
+    files = (folder / "dump").glob("*gpu_target_config*")
+    if found := sorted(files, key=lambda path: path.stat().st_size):
+        shutil.copy(found[-1], output / "target_config.pbtxt")
 
 
 def summarize(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -275,7 +266,7 @@ def main(arguments: Sequence[str]) -> int:
     add("--arms", type=lambda text: text.split(";"), help=f"of {'; '.join(ARMS)}")
     add("--batch", type=int, default=2, help="rows of 8192 tokens a step")
     add("--seconds", type=float, default=540, help="after which no arm starts")
-    add("--output", type=Path, default=Path("pallas_kernels/results"))
+    add("--output", type=Path, default=Path("pallas_kernels/bench/results"))
     add("--stem", default="step", help="of the files' names")
     add("--predict", action="store_true", help="compile for a described H200 only")
     add("--tiny", action="store_true", help="a model of kilobytes, on the CPU")

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Usage: scripts/gpu_suite.sh PART [OUTPUT]
 # Runs one part of what needs a GPU, in less than 10 minutes, and writes into OUTPUT
-# (the variable OUT, or else pallas_kernels/results). The exit status is that of the
+# (the variable OUT, or else pallas_kernels/bench/results). The exit status is that of the
 # part. PYTHON names the interpreter: it needs jax with its CUDA plugin, pytest, and for
 # the last part what training needs. Nothing is installed and no setting of the GPU is
 # touched. Every part ends by itself, keeps what it has if it is killed, and survives
@@ -30,7 +30,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-part=${1:-help} out=${2:-${OUT:-pallas_kernels/results}}
+part=${1:-help} out=${2:-${OUT:-pallas_kernels/bench/results}}
 python=${PYTHON:-python3}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 read -ra operations <<<"${OPERATIONS:-}"

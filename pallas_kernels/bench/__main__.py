@@ -34,7 +34,7 @@ from pallas_kernels.bench.record import Record, write_results
 from pallas_kernels.bench.search import update_table
 from pallas_kernels.bench.supervisor import read_records, supervise
 
-RESULTS = Path(__file__).parents[1] / "results"
+RESULTS = Path(__file__).parent / "results"
 ENVIRONMENT = {
     # Several processes share the device, and torch one of them with jax.
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
