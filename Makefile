@@ -6,9 +6,8 @@
 
 PYTHON ?= $(shell command -v python3.12 || command -v python3)
 OLDEST = 0.11.2
-KERNEL_TESTS = $(wildcard tests/test_pallas_kernels_*.py tests/test_offline*.py) \
-  tests/test_kernels.py tests/test_step_kernels.py tests/test_step_offline.py \
-  tests/test_models_mlp.py tests/test_gpuflags.py
+KERNEL_TESTS = tests/kernels tests/plan/test_kernels.py tests/step/test_step_kernels.py \
+  tests/step/test_step_offline.py tests/models/test_mlp.py tests/cluster/test_environment.py
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: quickstart test test-oldest check format notebook

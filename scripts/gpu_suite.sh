@@ -72,7 +72,7 @@ case $part in
     JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false \
       timeout 560 "$python" -m pytest --noconftest -n 4 -m gpu -rA --timeout=400 \
       -p no:benchmark \
-      ${TESTS:+-k "$TESTS"} tests/test_gpu.py 2>&1 | tee "$out/tests.log"
+      ${TESTS:+-k "$TESTS"} tests/kernels/test_gpu.py 2>&1 | tee "$out/tests.log"
     ;;
   quickstart)
     config=configs/quickstart_gpu.py workdir=runs/quickstart_gpu

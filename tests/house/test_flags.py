@@ -79,7 +79,7 @@ def run(folder):
         return subprocess.run(
             [sys.executable, "program.py", *arguments],
             cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
             capture_output=True,
             text=True,
             check=False,
@@ -191,7 +191,7 @@ def test_help_lists_the_flags_and_every_setting(run):
 
 
 def test_the_settings_page_is_current():
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     made = runpy.run_path(str(root / "scripts" / "settings_table.py"))["markdown"]()
     assert (root / "docs" / "settings.md").read_text() == made, (
         "run `python scripts/settings_table.py > docs/settings.md`"

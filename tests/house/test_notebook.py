@@ -11,7 +11,7 @@ from pathlib import Path
 import jupytext
 import nbformat
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "notebooks" / "quickstart.ipynb"
 
 # In a process of its own: Jupyter's event loops and warnings are not ours to judge.

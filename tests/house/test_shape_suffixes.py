@@ -10,7 +10,7 @@ import pytest
 
 from sharding import LETTERS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FILES = [
     path.relative_to(ROOT).as_posix()
     for package in ("sharding", "pallas_kernels", "jaxllm")

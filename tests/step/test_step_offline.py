@@ -10,7 +10,7 @@ import pytest
 
 from pallas_kernels import offline
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 KERNELS = ("attention", "norm", "cross_entropy")
 MESHES = {
     "fsdp 8": "",

@@ -148,7 +148,7 @@ def test_a_killed_run_ends_like_an_undisturbed_one(tiny, tmp_path):
         "from jaxllm.config.files import config_from_dict\n"
         f"def get_config():\n    return config_from_dict({config_to_dict(config)!r})\n"
     )
-    script = Path(__file__).parents[1] / "scripts" / "chaos.py"
+    script = Path(__file__).parents[2] / "scripts" / "chaos.py"
     ended = subprocess.run(
         [
             sys.executable,

@@ -24,7 +24,7 @@ from jaxllm import flags, tokenize
 from jaxllm.config.fields import section_names, setting_types
 from jaxllm.text.tokenizers import train_bpe
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCUMENTS = [
     path
     for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"))
@@ -38,26 +38,26 @@ ELSEWHERE = {  # beginning of a command: why it does not run here
     "make check": "runs in CI",
     "make test": "is what runs this",
     "make format": "would change the files under test",
-    "make notebook": "tests/test_notebook.py compares what it makes",
+    "make notebook": "tests/house/test_notebook.py compares what it makes",
     "make .venv/cuda": "installs; part of make test",
-    ".venv/bin/python scripts/compile_step.py": "tests/test_step_offline.py runs it",
-    "python scripts/settings_table.py": "tests/test_flags.py compares what it makes",
+    ".venv/bin/python scripts/compile_step.py": "tests/step/test_step_offline.py does",
+    "python scripts/settings_table.py": "tests/house/test_flags.py makes it",
     "JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=8 python -m jaxllm.compare_meshes": (
-        "minutes; tests/test_compare_meshes.py compares less"
+        "minutes; tests/meshes/test_compare_meshes.py compares less"
     ),
     "python scripts/compare_processes.py": "half an hour, of eight processes' time",
     "python scripts/measure_bubble.py": "a minute of sleep",
-    'PROCESSES="4 2 1"': "tests/test_elastic.py, which runs with fewer processes",
+    'PROCESSES="4 2 1"': "tests/cluster/test_elastic.py, with fewer processes",
     "python3.12 -m venv": "part of make test",
     ". .venv/bin/activate": "part of make test",
     "pip install": "part of make test",
-    "sbatch": "tests/test_slurm.py runs it, where there is a SLURM",
+    "sbatch": "tests/cluster/test_slurm.py runs it, where there is a SLURM",
     "SWEEP=sweep.txt sbatch": "so does it",
     "export SRUN": "needs a cluster with containers",
     "scripts/slurm/install.sh": "installs; .ci/run does",
-    "python scripts/slurm": "tests/test_slurm.py uses them, where there is a SLURM",
+    "python scripts/slurm": "tests/cluster/test_slurm.py, where there is a SLURM",
     "JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=1 python scripts/chaos.py": (
-        "takes an hour; tests/test_resume.py runs it for less"
+        "takes an hour; tests/run/test_resume.py runs it for less"
     ),
     ".venv/bin/pre-commit install": "would change the git hooks",
 }
@@ -111,7 +111,7 @@ def test_the_commands_of_a_document_run(document, tmp_path):
             commands = [each for each in _commands(text) if not _is_elsewhere(each)]
             for command in commands:
                 assert _without_environment(command).startswith(RUNS_HERE), (
-                    f"{document.name}: {command!r} is not known; see tests/test_docs.py"
+                    f"{document.name}: {command!r} is not known; see test_docs.py"
                 )
                 _run(["bash", "-ec", _smaller(command)], tmp_path)
         elif language == "python" and (file := _file_name(text)):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """On a real GPU: every case at its real shape, sizes beyond int32, and training.
 
-    JAX_PLATFORMS=cuda python -m pytest --noconftest -n 4 -m gpu tests/test_gpu.py
+    JAX_PLATFORMS=cuda python -m pytest --noconftest -n 4 -m gpu tests/kernels/test_gpu.py
 
 Without the conftest, which needs all that training needs. Each case runs in a process
 of its own: a kernel that hangs or faults fails its own test only.
@@ -35,7 +35,7 @@ pytestmark = [
 ]
 CASE_S = 240  # of a process: start, compile, check
 STEPS = 200
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 # bfloat16 has 8 bits: a loss of two runs that round differently differs by about this.
 BFLOAT16_NOISE = 2.0**-8
 

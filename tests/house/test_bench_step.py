@@ -14,7 +14,7 @@ import pytest
 
 from pallas_kernels import offline
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_step.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "bench_step.py"
 
 
 @pytest.fixture(scope="module")

@@ -501,10 +501,10 @@ def made(tmp_path_factory, run_command) -> Path:
     """A folder with a config, tokens of all kinds, and two finished runs."""
     folder = tmp_path_factory.mktemp("made")
     (folder / "run.py").write_text(CONFIG)
-    source = Path(__file__).parent
+    source = Path(__file__).parents[1]
     for command in (
         f"tokenize --input {source}/conftest.py --output data --holdout=0.2",
-        f"tokenize --input {source}/test_bad_input.py --output other --holdout=0.2",
+        f"tokenize --input {Path(__file__)} --output other --holdout=0.2",
         f"tokenize --input {source}/conftest.py --output whole --holdout=0",
         f"tokenize --input {source}/conftest.py --output bpe --tokenizer=bpe:258 "
         "--holdout=0.2",
