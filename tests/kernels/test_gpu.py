@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """On a real GPU: every case at its real shape, sizes beyond int32, and training.
 
-    JAX_PLATFORMS=cuda python -m pytest --noconftest -n 4 -m gpu tests/kernels/test_gpu.py
+    JAX_PLATFORMS=cuda python -m pytest --noconftest -n 4 -m gpu \
+      tests/kernels/test_gpu.py
 
 Without the conftest, which needs all that training needs. Each case runs in a process
 of its own: a kernel that hangs or faults fails its own test only.
