@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The processes of a run: how they start, agree, are watched, and stop together."""
+"""The processes of a run: launch, agreement, watchdog, and a joint stop."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JAX's abort: it must neither come before our last words, nor speak after them."""
+"""Delays and silences JAX's abort, so that the watchdog's report ends the log."""
 
 import ctypes
 import os
@@ -7,12 +7,12 @@ import signal
 
 
 def delay_aborts() -> None:
-    """Lets an abort of this process wait for 6 seconds.
+    """Delays an abort of this process by 6 seconds.
 
     A thread of JAX aborts, in C++, as soon as the leading process is gone. The watchdog
-    knows it as soon, but needs a moment to say who died and to end with a status that
-    means it. The signal's number becomes the argument of `sleep`, which may be called
-    in a handler (signal-safety(7)); as it returns, the abort goes on.
+    notices just as early, but needs a moment to report who died and to exit with the
+    right status. The signal's number becomes the argument of `sleep`, which is safe in
+    a signal handler (signal-safety(7)); when it returns, the abort continues.
     """
     libc = ctypes.CDLL(None)
     libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
@@ -21,12 +21,12 @@ def delay_aborts() -> None:
 
 
 def say_last(text: str) -> None:
-    """Writes to standard error, and lets nobody write there any more.
+    """Writes to standard error and closes it to all later writes.
 
-    The thread that aborts explains itself in eight lines, of which the last one names a
-    file of XLA. A user looks at the end of a log, where our reason has to stand.
+    JAX's aborting thread prints eight lines, the last of which names a file of XLA. A
+    user looks at the end of a log, so our reason must come last.
     """
     stderr = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
-    os.write(stderr, text.encode())  # no lock, which a stuck thread may hold
+    os.write(stderr, text.encode())  # no lock: a stuck thread may hold it

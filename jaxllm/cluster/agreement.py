@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the processes of a run have to agree on, and how they do.
+"""Agreement between the processes of a run: the lead, broadcasts, and votes.
 
-One process leads: it alone writes what is not a part of a global array. Alone, a
-process leads itself, and all of this is free.
+Process 0 leads: it alone writes data that is not a shard of a global array. In a run
+of one process all of this is free.
 """
 
 import os
@@ -21,7 +21,7 @@ _WRONG, _FAILED = "!?"  # what an error was, before its message
 
 
 def describe() -> str:
-    """Returns what takes part and how it is set up, as lines of the report."""
+    """Returns the devices, processes and flags of the run, as lines of the report."""
     device, number = jax.devices()[0], jax.process_count()
     processes = f"{number} processes" if number > 1 else "1 process"
     devices = f"{jax.device_count()} {device.device_kind} in {processes}"
@@ -29,15 +29,15 @@ def describe() -> str:
 
 
 def is_lead() -> bool:
-    """Returns whether this process writes for all."""
+    """Returns whether this process leads and writes for all."""
     return jax.process_index() == 0
 
 
 def on_lead(action: Callable[[], Any]) -> None:
-    """Runs action on the leading process; no process goes on before it is done.
+    """Runs action on the leading process; the others wait until it is done.
 
     Raises:
-      InputError: on every process, with the leading one's message.
+      InputError: on every process, with the message of the leading one.
       RuntimeError: on the others, if it failed in another way.
     """
     error = None
@@ -76,10 +76,10 @@ def text_of_lead(text: str) -> str:
 
 
 class Poll:
-    """Asks every process a yes-or-no question once a step, without waiting for it.
+    """Asks every process a yes-or-no question once a step, without blocking.
 
-    The answer is that of the step before: it comes with that step's own results. Every
-    process gets the same one at the same step.
+    The answer is one step late: it arrives with the results of the previous step. Every
+    process gets the same answer at the same step.
     """
 
     def __init__(self, mesh: jax.sharding.Mesh):
@@ -99,7 +99,7 @@ class Poll:
             self._add = add.lower(self._votes[False]).compile()
 
     def __call__(self, answer: bool) -> bool:
-        """Returns whether any process said yes."""
+        """Returns whether any process answered yes in the previous step."""
         if self._alone:
             return answer
         before, self._pending = self._pending, self._add(self._votes[answer])

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flags of XLA and variables of the environment that a run on GPUs is given, and why.
+"""The XLA flags and environment variables that a run on GPUs sets, and why.
 
-XLA reads them once, when JAX first looks for devices. Whoever sets one keeps it.
+XLA reads them once, when JAX first looks for devices. A value set by the user is kept.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ class Choice:
     name: str
     value: str
     why: str
-    instead: str = ""  # another name of the same; setting both is an error
+    instead: str = ""  # an alias; setting both is an error
 
 
 _FLAGS = (
@@ -61,12 +61,12 @@ VARIABLES = (
 
 
 def prepare_gpus(environment: MutableMapping[str, str], *, gpus: bool) -> None:
-    """Checks the flags that the user set, and adds ours where GPUs will be used.
+    """Checks the flags that the user set, and adds ours if GPUs will be used.
 
-    Before JAX first looks for devices.
+    Must be called before JAX first looks for devices.
 
     Raises:
-      InputError: XLA_FLAGS has a flag that this jaxlib does not know, or a wrong value.
+      InputError: XLA_FLAGS has a flag unknown to this jaxlib, or an invalid value.
     """
     if given := environment.get(XLA_FLAGS):
         _check(given)
@@ -84,7 +84,7 @@ def prepare_gpus(environment: MutableMapping[str, str], *, gpus: bool) -> None:
 
 
 def has_gpus(platforms: str | None, devices: Path = Path("/dev")) -> bool:
-    """Returns whether JAX will look for NVIDIA's GPUs, and there is one.
+    """Returns whether JAX will look for NVIDIA GPUs and the machine has one.
 
     Args:
       platforms: `jax.config.jax_platforms`.
@@ -95,7 +95,7 @@ def has_gpus(platforms: str | None, devices: Path = Path("/dev")) -> bool:
 
 
 def describe_flags(environment: Mapping[str, str]) -> str:
-    """Returns what of all this is set, as lines of the report; none on a plain CPU."""
+    """Returns the flags and variables that are set, as lines of the report."""
     names = (XLA_FLAGS, *(v.name for v in VARIABLES), *(v.instead for v in VARIABLES))
     return "".join(
         f"\n{name:<16} {environment[name]}" for name in names if environment.get(name)
@@ -107,7 +107,7 @@ def _version() -> str:
 
 
 def _check(flags: str) -> None:
-    """Lets a process of its own read them: XLA ends one that reads what is wrong."""
+    """Parses flags in a subprocess, because XLA aborts on an invalid one."""
     probe = subprocess.run(
         [sys.executable, "-c", _PROBE],
         env={**os.environ, XLA_FLAGS: flags, "JAX_PLATFORMS": "cpu"},

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How this process was started beside others: by SLURM, or by hand."""
+"""The launch of this process: by SLURM, by hand, or alone."""
 
 import collections
 import dataclasses
@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxllm.errors import InputError
 
-# How to start processes by hand; SLURM's own variables need no help.
+# Set these to start processes by hand; under SLURM its own variables are read.
 COORDINATOR = "JAXLLM_COORDINATOR"  # host:port of process 0
 NUM_PROCESSES = "JAXLLM_NUM_PROCESSES"
 PROCESS_ID = "JAXLLM_PROCESS_ID"
@@ -20,7 +20,7 @@ _BY_HAND = (COORDINATOR, NUM_PROCESSES, PROCESS_ID)
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """How this process was started beside others."""
+    """The address and the numbers with which this process joins the others."""
 
     coordinator: str  # host:port
     num_processes: int
@@ -28,10 +28,10 @@ class Launch:
 
 
 def find_launch(environment: Mapping[str, str]) -> Launch | None:
-    """Returns how this process was started, or None if it is alone.
+    """Returns how this process was launched, or None if the run has no other process.
 
     Raises:
-      InputError: the environment says that there are others, but not how to meet them.
+      InputError: the environment names other processes, but not how to reach them.
     """
     if given := [name for name in _BY_HAND if name in environment]:
         return _by_hand(environment, given)
@@ -54,10 +54,10 @@ def find_launch(environment: Mapping[str, str]) -> Launch | None:
 
 
 def local_devices(environment: Mapping[str, str]) -> list[int] | None:
-    """Returns the numbers of this process's devices; [] is JAX's word for all it sees.
+    """Returns the local ids of this process's devices; [] means all that it sees.
 
-    JAX alone would take the one numbered SLURM_LOCALID: one of eight where a node has
-    one process, and one that is not there where SLURM shows each process its own.
+    JAX by itself would take only device SLURM_LOCALID: one of eight GPUs if a node has
+    one process, and a missing one if SLURM shows each process only its own GPU.
 
     Raises:
       InputError: the processes of a node cannot share its GPUs evenly.
@@ -71,7 +71,7 @@ def local_devices(environment: Mapping[str, str]) -> list[int] | None:
         return []
     local_id = int(environment["SLURM_LOCALID"])
     if visible is None:
-        return [local_id]  # as JAX does: SLURM says nothing about GPUs here
+        return [local_id]  # as JAX does: SLURM gives no GPU information here
     share, rest = divmod(visible, num_here)
     if rest or not share:
         raise InputError(
@@ -83,12 +83,12 @@ def local_devices(environment: Mapping[str, str]) -> list[int] | None:
 
 
 def check_host_name(environment: Mapping[str, str], name: str) -> None:
-    """Checks that this node's name leads other nodes here; the CPU's gloo gives it out.
+    """Checks that this node's name resolves to an address that other nodes can reach.
 
-    Debian maps a machine's own name to 127.0.1.1: others would look for it at home.
+    On CPUs, gloo announces that name. Debian maps it to 127.0.1.1, a loopback address.
 
     Raises:
-      InputError: it leads to the node itself.
+      InputError: the name resolves to a loopback address, or not at all.
     """
     several = int(environment.get("SLURM_STEP_NUM_NODES", "1")) > 1
     if not several or environment.get("SLURMD_NODENAME") != name:
@@ -107,20 +107,20 @@ def check_host_name(environment: Mapping[str, str], name: str) -> None:
 def check_devices(
     launch: Launch | None, environment: Mapping[str, str], devices: Sequence[Any]
 ) -> None:
-    """Checks that all processes have come, each with the devices that it was given.
+    """Checks that all processes are present, each with the devices allocated to it.
 
     Args:
-      devices: those of all processes; only `process_index` and `platform` are read.
+      devices: of all processes; only `process_index` and `platform` are read.
 
     Raises:
-      InputError: on every process, with what was expected and what is there.
+      InputError: on every process, with the expected and the found devices.
     """
     num_processes = launch.num_processes if launch else 1
     numbers = collections.Counter(device.process_index for device in devices)
     found = [numbers[i] for i in range(max(num_processes, max(numbers) + 1))]
     each, platform = _given_gpus(environment), devices[0].platform
     if platform != "gpu" and each and "cpu" in environment.get("JAX_PLATFORMS", ""):
-        each = None  # whoever asks for CPUs may have GPUs
+        each = None  # a run on CPUs may have GPUs allocated
     wanted = max(found) if each is None else each
     if each and platform != "gpu":
         hint = "JAX has no CUDA here: install jaxllm[cuda12], or set JAX_PLATFORMS=cpu"
@@ -155,7 +155,7 @@ def _by_hand(environment: Mapping[str, str], given: list[str]) -> Launch | None:
 
 
 def _first_host(nodes: str) -> str:
-    """Returns the first of SLURM's "node[1-3],other"; brackets are read by SLURM."""
+    """Returns the first host of "node[1-3],other"; scontrol expands the brackets."""
     if "[" not in nodes:
         return nodes.partition(",")[0]
     names = subprocess.run(
@@ -168,13 +168,13 @@ def _first_host(nodes: str) -> str:
 
 
 def _visible_gpus(environment: Mapping[str, str]) -> int | None:
-    """Returns how many GPUs a process is shown, or None if nothing says so."""
+    """Returns the number of GPUs visible to a process, or None if it is not set."""
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     return None if visible is None else len([v for v in visible.split(",") if v])
 
 
 def _given_gpus(environment: Mapping[str, str]) -> int | None:
-    """Returns how many GPUs SLURM gave to this process, or None if it did not say."""
+    """Returns the number of GPUs that SLURM allocated to this process, if known."""
     if "SLURM_PROCID" not in environment:
         return None
     chosen = local_devices(environment)

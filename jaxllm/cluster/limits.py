@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long each phase of a run may take, learned from how long it took."""
+"""The time limit of each phase of a run, learned from its past durations."""
 
 import collections
 import dataclasses
@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from jaxllm.cluster.phases import Phase, Phases
 
-UNLIMITED: tuple[Phase, ...] = ("compile", "other")  # others may wait for these
+UNLIMITED: tuple[Phase, ...] = ("compile", "other")  # the others may wait for them
 SLOW: tuple[Phase, ...] = ("start", "restore", "save")  # read or write a whole state
 PATIENCE = 4  # times the floor: for slow phases, and for any that is new
 MARGIN = 5  # times the longest of those remembered
@@ -21,7 +21,7 @@ NEW = (
 
 @dataclasses.dataclass(frozen=True)
 class Doing:
-    """What the main thread does: the phase under way, when it began, and its step."""
+    """The activity of the main thread: its phase, step, and start time."""
 
     phase: Phase
     step: int
@@ -29,15 +29,15 @@ class Doing:
 
 
 class Limits:
-    """Watches the phases of a process, and knows when one takes too long.
+    """Records the durations of phases, and derives the limit of each.
 
     Args:
       phases: of this process.
-      floor_s: no limit is below this; 0 is no limit at all.
+      floor_s: the smallest limit; 0 turns all limits off.
       clock: seconds, monotonic.
 
     Attributes:
-      now: what is under way; read by another thread.
+      now: the current activity; read by another thread.
     """
 
     def __init__(
@@ -53,12 +53,12 @@ class Limits:
         self._took: dict[Phase, collections.deque[float]] = collections.defaultdict(
             lambda: collections.deque(maxlen=REMEMBERED)
         )
-        self._adding: dict[Phase, tuple[int, float]] = {}  # step -> its seconds so far
+        self._adding: dict[Phase, tuple[int, float]] = {}  # step, seconds so far
         self.now = Doing(phases.now, phases.step, clock())
         phases.listen(self._begin)
 
     def limit_s(self, phase: Phase) -> float:
-        """Returns the seconds that a phase may take, inf if it has no limit."""
+        """Returns the time limit of a phase in seconds; inf if it has none."""
         if phase in UNLIMITED or not self._floor_s:
             return math.inf
         took = self._took[phase]
@@ -67,11 +67,11 @@ class Limits:
         return max(least_s, MARGIN * max(took, default=0.0))
 
     def _begin(self, phase: Phase) -> None:
-        """Notes the end of one phase and the beginning of the next."""
+        """Records the end of one phase and the beginning of the next."""
         ended, now_s = self.now, self._clock()
         self.now = Doing(phase, self._phases.step, now_s)
-        # Parts of a step that are apart, such as giving it to the devices and waiting
-        # for its numbers, are one: the first alone would take no time.
+        # Separate parts of a step, such as its dispatch and the wait for its metrics,
+        # count as one: the dispatch alone would take no time.
         step, seconds = self._adding.get(ended.phase, (ended.step, 0.0))
         if step != ended.step:
             self._took[ended.phase].append(seconds)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a process joins the others of its run, is watched meanwhile, and leaves them."""
+"""Joins this process to the others of its run, starts its watchdog, and leaves."""
 
 import os
 import socket
@@ -26,16 +26,16 @@ from jaxllm.cluster.watchdog import Watchdog
 from jaxllm.config import DistributedConfig
 from jaxllm.errors import RESUMABLE
 
-_LATER = 3  # JAX has limits of its own, and aborts: it is told to wait longer than we
+_LATER = 3  # factor on our timeouts, for JAX, which aborts: ours must come first
 
 _watchdog: Watchdog | None = None  # of this process
 
 
 def join(config: DistributedConfig, phases: Phases | None = None) -> None:
-    """Joins the other processes of the run, if any; before a device is used.
+    """Joins the other processes of the run, if any; call it before using a device.
 
-    From now on a watchdog ends this process with 75 if another one dies, or if a phase
-    takes too long on any of them.
+    It starts a watchdog, which ends this process with 75 if another one dies, or if a
+    phase of any process exceeds its limit.
 
     Raises:
       InputError: see `jaxllm.cluster.launch`.
@@ -55,37 +55,37 @@ def join(config: DistributedConfig, phases: Phases | None = None) -> None:
 
 
 def write_stacks_to(workdir: Path) -> None:
-    """Says where to write what each thread was doing, should the run not go on."""
+    """Sets the directory for the stacks of all threads, written if the run hangs."""
     if _watchdog is not None:
         _watchdog.workdir = workdir
 
 
 def hear_others() -> None:
-    """Waits a moment before an error is shown: another process may be its cause.
+    """Waits a moment before an error is printed: another process may be its cause.
 
-    If so, does not return: the watchdog ends this process, and says so.
+    If so, this does not return: the watchdog reports the cause and ends this process.
     """
     if _watchdog is not None and jax.distributed.is_initialized():
         _watchdog.hear()
 
 
 def leave(status: int, why: str = "") -> NoReturn:
-    """Exits; for an error, with why, so that the other processes end too.
+    """Exits; with a reason for an error, so that the other processes end too.
 
-    Python's ordinary exit would wait for all of them to come to JAX's last barrier, and
-    be aborted there after a while if one of them cannot.
+    Python's ordinary exit would wait for all of them at JAX's last barrier, and be
+    aborted there after a while if one of them cannot reach it.
     """
     if not jax.distributed.is_initialized():
         sys.exit(status)
     sys.stdout.flush()
     sys.stderr.flush()
-    if _watchdog is None:  # the processes have not met
+    if _watchdog is None:  # the processes are not connected
         os._exit(status)
     _watchdog.leave(status, why)
 
 
 def _meet(launch: Launch, config: DistributedConfig) -> Peers:
-    """Joins the other processes in JAX, and connects the watchdogs of all."""
+    """Joins the other processes in JAX, and connects all watchdogs."""
     delay_aborts()
     limit_s = config.start_timeout_s
     why = f"config.distributed.start_timeout_s={limit_s} have passed"
@@ -116,7 +116,7 @@ def _meet(launch: Launch, config: DistributedConfig) -> Peers:
 
 
 def _give_up(launch: Launch, why: str) -> NoReturn:
-    """Ends this process, whatever its main thread waits for."""
+    """Ends this process, whatever its main thread is blocked on."""
     text = (
         f"error: the {launch.num_processes} processes did not all meet at "
         f"{launch.coordinator}: one did not start, died, or cannot be reached ({why})."

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Connections of the leading process with every other one, apart from JAX's own.
+"""TCP connections between the leading process and every other one, besides JAX's.
 
-A process that is killed closes its connection: whoever is at the other end knows at
-once. One that is stopped, or cut off, says nothing any more. JAX has heartbeats too,
-but they tell nobody who is late, and end a process in a way that nobody can catch.
+When a process is killed, the kernel closes its connection, and the other end knows at
+once. A process that is stopped or cut off sends no more heartbeats. JAX has heartbeats
+too, but they do not tell which process is late, and they abort uncatchably.
 """
 
 import contextlib
@@ -20,12 +20,12 @@ from typing import Any
 Message = dict[str, Any]
 
 _READ_BYTES = 2**16
-_HELLO_S = 5.0  # for the first line of whoever connects
+_HELLO_S = 5.0  # for the first line of a new connection
 
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """A process of the run, in the words of an administrator."""
+    """A process of the run, with the host and pid that an administrator needs."""
 
     process: int
     host: str
@@ -36,12 +36,12 @@ class Identity:
 
 
 def identity(process: int) -> Identity:
-    """Returns who this process is."""
+    """Returns the identity of this process."""
     return Identity(process, socket.gethostname(), os.getpid())
 
 
 class Link:
-    """A connection over which lines of JSON go; never waits."""
+    """A non-blocking connection that carries lines of JSON."""
 
     def __init__(self, connection: socket.socket):
         connection.setblocking(False)
@@ -49,11 +49,11 @@ class Link:
         self._rest = self._unsent = b""
 
     def fileno(self) -> int:
-        """Returns what a selector needs."""
+        """Returns the file descriptor, for a selector."""
         return self._socket.fileno()
 
     def read(self) -> tuple[list[Message], bool]:
-        """Returns the messages that have come, and whether more can come."""
+        """Returns the messages received so far, and whether the connection is open."""
         is_open = True
         try:
             data = self._socket.recv(_READ_BYTES)
@@ -66,19 +66,19 @@ class Link:
         return [json.loads(line) for line in lines], is_open
 
     def write(self, message: Message) -> None:
-        """Sends a message, unless the other end has gone or reads nothing any more."""
+        """Sends a message; drops it if the other end is gone or no longer reads."""
         if len(self._unsent) < _READ_BYTES:
             self._unsent += json.dumps(message).encode() + b"\n"
         with contextlib.suppress(OSError):
             self._unsent = self._unsent[self._socket.send(self._unsent) :]
 
     def close(self) -> None:
-        """Ends the connection; the other end sees it."""
+        """Closes the connection; the other end notices."""
         self._socket.close()
 
 
 class Peers:
-    """The processes that this one is connected with: all if it leads, else the lead.
+    """The processes that this one is connected to: all if it leads, else the lead.
 
     Attributes:
       me: this process.
@@ -97,7 +97,7 @@ class Peers:
         return list(self._links)
 
     def receive(self, timeout_s: float) -> Iterator[tuple[Identity, Message | None]]:
-        """Yields what comes within some seconds; None is a connection that ended."""
+        """Yields the messages that arrive in time; None marks a closed connection."""
         for key, _ in self._selector.select(timeout_s):
             peer: Identity = key.data
             messages, is_open = self._links[peer].read()
@@ -108,27 +108,27 @@ class Peers:
                 yield peer, None
 
     def send(self, message: Message) -> None:
-        """Sends a message to all that are connected."""
+        """Sends a message to all connected processes."""
         for link in self._links.values():
             link.write(message)
 
     def close(self) -> None:
-        """Ends all connections."""
+        """Closes all connections."""
         self._selector.close()
         for link in self._links.values():
             link.close()
 
 
 class Meeting:
-    """The port at which the leading process waits for all others.
+    """The port on which the leading process accepts all others.
 
     Attributes:
-      invitation: what the others need to know, besides an address of the lead's host.
+      invitation: port, token and identity of the lead, for `come`.
     """
 
     def __init__(self):
         self._me = identity(0)
-        self._token = secrets.token_hex(8)  # no stranger, nor another run, is let in
+        self._token = secrets.token_hex(8)  # keeps strangers and other runs out
         both = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if both else socket.AF_INET
         self._server = socket.create_server(
@@ -138,10 +138,10 @@ class Meeting:
         self.invitation = f"{port} {self._token} {self._me.host} {self._me.pid}"
 
     def gather(self, number: int, timeout_s: float) -> Peers:
-        """Returns the connections with all other processes of a number of them.
+        """Returns the connections to all other processes.
 
         Raises:
-          TimeoutError: some did not come.
+          TimeoutError: some did not connect in time.
         """
         end_s, links = time.monotonic() + timeout_s, {}
         with self._server:
@@ -164,13 +164,13 @@ class Meeting:
 
 
 def come(invitation: str, host: str, process: int, timeout_s: float) -> Peers:
-    """Returns the connection of a process that does not lead with the one that does.
+    """Returns the connection of this process, which does not lead, to the lead.
 
     Args:
       invitation: of the lead's `Meeting`.
       host: an address of its host.
       process: of this process.
-      timeout_s: until the connection must stand.
+      timeout_s: time limit for connecting.
     """
     port, token, name, pid = invitation.split()
     me = identity(process)
@@ -181,7 +181,7 @@ def come(invitation: str, host: str, process: int, timeout_s: float) -> Peers:
 
 
 def _introduction(connection: socket.socket, token: str) -> Identity | None:
-    """Returns who has come, by the first line; None if it is no process of this run."""
+    """Returns who connected, by the first line; None if not a process of this run."""
     line = b""
     try:
         connection.settimeout(_HELLO_S)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a process is doing: at each moment one phase, told to all who listen.
+"""The phases of a process: one at each moment, announced to listeners.
 
-The ledger adds the seconds of phases up, and whoever has to notice that one does not
-end listens too: both see the same boundaries.
+The ledger sums the seconds of each phase, and the watchdog's limits listen too: both
+see the same boundaries.
 """
 
 import contextlib
@@ -13,30 +13,30 @@ from pathlib import Path
 from typing import Literal, get_args
 
 Phase = Literal[
-    "start",  # imports, checks, opening the data, the first parameters
+    "start",  # imports, checks, opening the data, initial parameters
     "compile",
     "restore",
-    "data_wait",  # the next batch is not there yet
-    "step",  # an update: given to the devices, and its numbers waited for
+    "data_wait",  # waiting for the next batch
+    "step",  # an update: its dispatch, and the wait for its metrics
     "eval",
-    "save",  # what of a save the loop waits for
-    "other",  # writing metrics; whatever is done with the records of `train`
+    "save",  # the part of a checkpoint that the loop waits for
+    "other",  # writing metrics; what callers do with the records of `train`
 ]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 Listener = Callable[[Phase], None]
 
 
 class Phases:
-    """The phases of a process, in which its whole life adds up.
+    """The phases of a process; their seconds add up to its whole life.
 
     A phase within another one interrupts it.
 
     Args:
-      age_s: how long the process has been at it already: its first phase, "start".
+      age_s: seconds already spent in the first phase, "start".
       clock: seconds, monotonic.
 
     Attributes:
-      step: updates begun, since the beginning of the run.
+      step: number of updates begun since the beginning of the run.
     """
 
     def __init__(
@@ -51,12 +51,12 @@ class Phases:
 
     @property
     def now(self) -> Phase:
-        """The phase under way."""
+        """The current phase."""
         return self._now
 
     @contextlib.contextmanager
     def __call__(self, phase: Phase) -> Iterator[None]:
-        """Counts what is done within as this phase."""
+        """Counts the time of the `with` block as this phase."""
         outer = self._now
         self.begin(phase)
         try:
@@ -65,7 +65,7 @@ class Phases:
             self.begin(outer)
 
     def begin(self, phase: Phase) -> None:
-        """Ends the phase under way and begins another one."""
+        """Ends the current phase and begins another one."""
         now_s = self._clock()
         self._seconds[self._now] += now_s - self._since_s
         self._now, self._since_s = phase, now_s
@@ -73,23 +73,23 @@ class Phases:
             listener(phase)
 
     def each[T](self, items: Iterable[T]) -> Iterator[T]:
-        """Yields items; each one begins the phase under way again: it goes on."""
+        """Yields items; each one restarts the current phase, to show progress."""
         for item in items:
             self.begin(self._now)
             yield item
 
     def listen(self, listener: Listener) -> None:
-        """Calls listener with every phase that begins from now on, in this thread."""
+        """Calls listener with every phase from now on, in the thread that begins it."""
         self._listeners.append(listener)
 
     def seconds(self) -> dict[str, float]:
-        """Returns the seconds of each phase until now; their sum is the age."""
+        """Returns the seconds of each phase so far; they add up to the age."""
         under_way = self._clock() - self._since_s
         return {**self._seconds, self._now: self._seconds[self._now] + under_way}
 
 
 def process_age_s() -> float:
-    """Returns the seconds since this process began; 0 where Linux is not there to ask.
+    """Returns the seconds since this process began; 0 if there is no /proc.
 
     Source: proc(5), field 22 of /proc/self/stat: clock ticks since the machine booted.
     """

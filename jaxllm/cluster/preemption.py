@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Signals that ask a run to stop, turned into a question the loop can ask."""
+"""Signals that ask a run to stop, as a function that the loop can poll."""
 
 import contextlib
 import logging
@@ -15,11 +15,11 @@ class Preempted(Exception):
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Catches SIGTERM, SIGUSR1 and Ctrl-C; yields what says whether one has come.
+    """Catches SIGTERM, SIGUSR1 and Ctrl-C; yields a function that is true after one.
 
-    Clusters warn with either of the first two before they take a machine away. The loop
-    asks between two steps, so that the state is whole when it is saved. A second Ctrl-C
-    does not wait: it interrupts at once, and the newest save counts.
+    Clusters send one of the first two before they preempt a machine. The loop polls
+    between two steps, so that the state is complete when it is saved. A second Ctrl-C
+    interrupts at once, and the newest checkpoint counts.
     """
     came: list[int] = []
 

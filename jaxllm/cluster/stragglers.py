@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which process keeps the others waiting.
+"""Finds stragglers: processes that the others wait for.
 
-All processes take the same time for a step, since each waits for the slowest. What
-tells them apart is the time before a step is given to the devices: waiting for data,
-writing, whatever else the host does. Each logged interval they exchange its median.
+All processes take the same time for a step, since each waits for the slowest. They
+differ in the host time before a step is dispatched to the devices: waiting for data,
+writing, other work of the host. At each logged interval they exchange its median.
 """
 
 import collections
@@ -14,20 +14,20 @@ from typing import Self
 import jax
 import numpy as np
 
-SLOW_PART = 0.1  # of a step, by which a process is later than the median one
-PATIENCE = 3  # logged intervals in a row, before it is named
+SLOW_PART = 0.1  # share of a step by which a straggler is later than the median process
+PATIENCE = 3  # logged intervals in a row, before a straggler is named
 _log = logging.getLogger(__name__)
 
 
 class Stragglers:
-    """Collects each process's own seconds a step; free for a process alone.
+    """Collects the host seconds per step of each process; free for a single process.
 
-    The numbers of one interval are exchanged while the next one runs: nobody waits.
+    The medians of one interval are exchanged while the next one runs: nobody waits.
     """
 
     def __init__(self, mesh: jax.sharding.Mesh):
         self._alone = jax.process_count() == 1
-        self._own_s: list[float] = []  # of the interval under way
+        self._own_s: list[float] = []  # of the current interval
         self._pending: jax.Array | None = None
         self._medians_s: list[list[float]] = []  # by interval, then by process
         self._late_for = collections.Counter[int]()  # intervals in a row, by process
@@ -48,14 +48,14 @@ class Stragglers:
             _log.info("%s", text)
 
     def add(self, own_s: float) -> None:
-        """Takes the seconds that this process needed before a step could begin."""
+        """Records the seconds that this process needed before a step could begin."""
         self._own_s.append(own_s)
 
     def exchange(self, step_s: float) -> None:
-        """Ends an interval: starts to exchange its median, judges the one before.
+        """Ends an interval: starts to exchange its median, judges the previous one.
 
         Args:
-          step_s: seconds a step took.
+          step_s: seconds per step.
         """
         if self._alone or not self._own_s:
             return
@@ -68,7 +68,7 @@ class Stragglers:
             self.judge(self._by_process(before), step_s)
 
     def judge(self, medians_s: list[float], step_s: float) -> None:
-        """Takes the medians of all processes; warns of one that is late for long."""
+        """Takes the medians of all processes; warns of a persistent straggler."""
         self._medians_s.append(medians_s)
         usual_s = statistics.median_low(medians_s)
         for process, own_s in enumerate(medians_s):
@@ -85,7 +85,7 @@ class Stragglers:
                 )
 
     def table(self) -> str:
-        """Returns each process's own seconds a step, the latest first; "" if alone."""
+        """Returns the host seconds per step by process, latest first; "" if alone."""
         if not self._medians_s:
             return ""
         by_process = zip(*self._medians_s, strict=True)

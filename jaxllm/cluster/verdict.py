@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which process keeps the others waiting, from what each of them does."""
+"""Decides which process is at fault when a run hangs."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,8 +8,8 @@ from jaxllm.cluster.peers import Identity, Message
 from jaxllm.cluster.phases import Phase
 from jaxllm.errors import RESUMABLE
 
-# What a process has come to within the step that `Phases.step` names. An evaluation
-# follows the update of that step; a save comes before it.
+# The order of phases within the step that `Phases.step` names. An evaluation follows
+# the update of that step; a checkpoint precedes it.
 _ORDER: tuple[Phase, ...] = (
     *("start", "restore", "compile"),
     *("save", "data_wait", "step", "other", "eval"),
@@ -24,21 +24,21 @@ _DOING: dict[Phase, str] = {
     "save": "saving step {}",
     "other": "between two steps, after step {}",
 }
-_SHOWN = 8  # processes that a message lists
+_SHOWN = 8  # processes listed in a message
 
 
 @dataclasses.dataclass(frozen=True)
 class Sign:
-    """The last sign of life of a process.
+    """The last heartbeat of a process.
 
     Attributes:
       who: the process.
-      phase: what it did.
-      step: to which step it had come.
-      age_s: for how long it had done it.
-      where: the line of ours that its main thread was at.
-      is_overdue: whether that was longer than it may take.
-      silent_s: how long ago that was, if it should have said something since.
+      phase: its phase.
+      step: its step.
+      age_s: seconds in that phase.
+      where: the innermost source line of ours in its main thread.
+      is_overdue: whether the phase exceeded its limit.
+      silent_s: seconds since this heartbeat, if later ones are missing.
     """
 
     who: Identity
@@ -50,7 +50,7 @@ class Sign:
     silent_s: float = 0.0
 
     def message(self) -> Message:
-        """Returns what is said to another process, which knows who says it."""
+        """Returns the message to another process, which knows the sender."""
         said = dataclasses.asdict(self)
         return {name: said[name] for name in said.keys() - {"who", "silent_s"}}
 
@@ -67,12 +67,12 @@ class Sign:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """Why all processes end, and with which exit status.
+    """The reason for which all processes end, and their exit status.
 
     Attributes:
-      reason: a sentence that names the process to blame.
+      reason: a sentence that names the process at fault.
       status: of every process.
-      has_stacks: whether what each of them was doing matters.
+      has_stacks: whether each process writes its stacks.
     """
 
     reason: str
@@ -90,9 +90,9 @@ def late(signs: Sequence[Sign]) -> list[Sign]:
 
 
 def judge(signs: Sequence[Sign]) -> Verdict | None:
-    """Returns who is to blame for a process that has waited too long.
+    """Returns the verdict when a process is silent or has exceeded its limit.
 
-    None if the others wait for one that compiles: that may take any time.
+    None if the others wait for a process that compiles: compilation has no limit.
     """
     blamed = late(signs)
     if any(sign.phase == "compile" and not sign.silent_s for sign in blamed):

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ends a process that waits for what does not come, and says for whom it has waited.
+"""Ends a process that is stuck, and names the process it waited for.
 
-A thread of its own looks on, because the main thread may be stuck inside a collective,
-where no exception and no signal reaches it. Every process tells the leading one what it
-does; the lead judges, and all end together. Nothing here waits for a disk or a network.
+It runs in its own thread, because the main thread may be stuck inside a collective,
+where no exception and no signal reaches it. Every process sends heartbeats with its
+phase to the lead; the lead decides, and all end together. Nothing here blocks on a disk
+or a network.
 """
 
 import dataclasses
@@ -23,28 +24,28 @@ from jaxllm.cluster.peers import Identity, Message, Peers, identity
 from jaxllm.cluster.verdict import Sign, Verdict, judge
 from jaxllm.errors import FAILED, RESUMABLE
 
-STALLS = "stalls"  # in the run's directory: the stacks of every process
+STALLS = "stalls"  # folder in the run's directory, with the stacks of every process
 TICK_S = 0.2
-BEATS = 20  # signs of life in the time after which a process counts as dead
-MISSED = 3  # beats without a sign, until a process can be blamed for a stall
-TRACES_S = 5.0  # for a disk to take the stacks
-LAST_S = 3.0  # for the others to end, once they know that they must
+BEATS = 20  # heartbeats within the heartbeat timeout
+MISSED = 3  # heartbeats that a process may miss before it can be blamed for a stall
+TRACES_S = 5.0  # for writing the stacks to a disk
+LAST_S = 3.0  # for the others to end, once they have the verdict
 _OURS = ("jaxllm.", "sharding.", "pallas_kernels.")
 _GOES_ON = "The same command goes on from the newest save."
 
 
 class Watchdog:
-    """Watches this process, and those that it is connected with.
+    """Watches this process and the processes it is connected to.
 
     Args:
-      limits: of the phases of this process; None where it has none.
-      silence_s: without a sign of life, until another process counts as dead.
-      peers: the other processes, if there are any.
-      say: writes the last words of this process.
+      limits: of the phases of this process; None if they have none.
+      silence_s: heartbeat timeout, after which another process counts as dead.
+      peers: the connections to other processes, if any.
+      say: writes the final message of this process.
       end: ends this process with a status.
 
     Attributes:
-      workdir: where stacks are written; on standard error while it is None.
+      workdir: where stacks are written; None writes them to standard error.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Watchdog:
         self._end = end
         self._peers = peers or Peers(identity(0), {})
         self._is_lead = self._peers.me.process == 0
-        # By process: its last sign, and how long ago that came.
+        # By process: its last heartbeat, and the seconds since.
         self._signs = {who: Sign(who) for who in self._peers.connected}
         self._silent_s = dict.fromkeys(self._signs, 0.0)
         self._doing: Doing | None = None
@@ -73,17 +74,17 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def start(self) -> None:
-        """Begins to watch."""
+        """Starts the thread."""
         self._thread.start()
 
     def hear(self) -> None:
-        """Waits a moment; does not return if another process is why this one fails."""
+        """Waits a moment; does not return if another process caused the failure."""
         self._thread.join(LAST_S)
 
     def leave(self, status: int, why: str) -> NoReturn:
-        """Ends this process, after telling the others; the leading one ends last.
+        """Ends this process after telling the others; the lead ends last.
 
-        JAX aborts whoever loses the leading process. Without a reason, the others are
+        JAX aborts every process that loses the lead. Without a reason, the others are
         about to leave too; with one, they must.
         """
         self._leaving = (status, why)
@@ -102,7 +103,7 @@ class Watchdog:
             self._end(FAILED)
 
     def take(self, peer: Identity, message: Message | None) -> None:
-        """Takes what another process says; None is the end of its connection."""
+        """Handles a message of another process; None is a closed connection."""
         if message is None:
             if self._signs.pop(peer, None) is not None:
                 self._conclude(Verdict(f"{peer} died: its connection has ended."))
@@ -117,8 +118,8 @@ class Watchdog:
             self._silent_s[peer] = 0.0
 
     def advance(self, seconds: float) -> None:
-        """Lets time pass, and does what is due."""
-        # Time in which this process was stopped, or starved, is nobody's fault.
+        """Advances the clocks, sends a heartbeat if due, and checks all limits."""
+        # Time in which this process was itself stopped or starved does not count.
         seconds = min(seconds, 5 * TICK_S)
         if self._leaving is not None:
             self._take_leave(*self._leaving)
@@ -135,15 +136,15 @@ class Watchdog:
             self._conclude(judge(signs))
         is_stalled = any(sign.is_overdue for sign in signs)
         self._stalled_s = self._stalled_s + seconds if is_stalled else 0.0
-        # First it must be known what all of them do by now, and who says nothing. One
-        # that does not lead waits for the lead's word, unless that is the silent one.
+        # Wait until all current phases are known, and who is silent. A process that
+        # does not lead waits for the verdict of the lead, unless the lead is silent.
         settled_s = (MISSED + 2) * self._beat_s if self._signs else 0.0
         may_judge = self._is_lead or any(sign.silent_s for sign in signs)
         if is_stalled and may_judge and self._stalled_s >= settled_s:
             self._conclude(judge(signs))
 
     def _sign(self, seconds: float) -> Sign:
-        """Returns this process's own sign of life, some seconds after the last one."""
+        """Returns this process's own heartbeat, some seconds after the last one."""
         if self._limits is None:
             return Sign(self._peers.me)
         doing = self._limits.now
@@ -164,7 +165,7 @@ class Watchdog:
         return dataclasses.replace(sign, silent_s=silent_s if is_silent else 0.0)
 
     def _take_leave(self, status: int, why: str) -> None:
-        """Ends this process as it asked for; the lead waits for all others first."""
+        """Ends this process as requested; the lead waits for all others first."""
         if self._is_lead:
             if not why and self._signs:
                 return
@@ -177,13 +178,13 @@ class Watchdog:
         self._end(status)
 
     def _conclude(self, verdict: Verdict | None, stamp: str | None = None) -> None:
-        """Ends this process, and if it leads all others, for a reason."""
+        """Ends this process with a verdict and, if it leads, all others."""
         if verdict is None:
             return
         stamp = stamp or _stamp()
         if self._is_lead:
             self._announce(verdict, stamp)
-        if self._leaving is None:  # else it has given its own reason
+        if self._leaving is None:  # otherwise it has given its own reason
             self._leave_traces(verdict, stamp)
         if self._is_lead:
             self._await_others()
@@ -194,7 +195,7 @@ class Watchdog:
         self._peers.send(message)
 
     def _await_others(self) -> None:
-        """Waits until those that can have ended, or this process is told to."""
+        """Waits until the responsive processes have ended, or a verdict arrives."""
         end_s, silent_s = time.monotonic() + LAST_S, MISSED * self._beat_s
         awaited = {who for who, s in self._silent_s.items() if s <= silent_s}
         while awaited & set(self._peers.connected) and time.monotonic() < end_s:
@@ -203,7 +204,7 @@ class Watchdog:
                     return
 
     def _leave_traces(self, verdict: Verdict, stamp: str) -> None:
-        """Writes why, and the stacks; whatever waits for a disk is left behind."""
+        """Writes the reason and the stacks; gives up on a disk that hangs."""
         written: list[str] = []
         if verdict.has_stacks:
             name = f"{stamp}-process-{self._peers.me.process}.txt"
@@ -224,7 +225,7 @@ def _stamp() -> str:
 
 
 def _where() -> str:
-    """Returns the innermost line of ours that the main thread is at."""
+    """Returns the innermost source line of ours in the main thread."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
@@ -235,7 +236,7 @@ def _where() -> str:
 
 
 def _within(seconds: float, action: Callable[..., None], *arguments: Any) -> None:
-    """Does something that may never end, and waits some seconds for it."""
+    """Runs an action that may block forever, and waits some seconds for it."""
     thread = threading.Thread(target=action, args=arguments, daemon=True)
     thread.start()
     thread.join(seconds)
@@ -244,7 +245,7 @@ def _within(seconds: float, action: Callable[..., None], *arguments: Any) -> Non
 def _write_stacks(
     reason: str, workdir: Path | None, name: str, written: list[str]
 ) -> None:
-    """Writes the Python stacks of all threads, and notes where."""
+    """Writes the Python stacks of all threads, and records the path."""
     if workdir is None or not workdir.is_dir():
         faulthandler.dump_traceback(sys.__stderr__ or 2)
         return

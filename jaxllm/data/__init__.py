@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From tokens to batches: formats, splits, packing, mixtures."""
+"""Converts tokens to batches: file formats, splits, packing, mixtures."""

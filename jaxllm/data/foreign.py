@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Token files that other training stacks wrote: nanoGPT, llm.c, Megatron-LM."""
+"""Reads the token files of other training stacks: nanoGPT, llm.c, Megatron-LM."""
 
 import os
 import struct
@@ -20,9 +20,9 @@ _MEGATRON_DTYPES = {1: "u1", 4: "<i4", 8: "<u2"}
 
 
 def open_foreign(path: str) -> tuple[str, np.ndarray, np.ndarray | None]:
-    """Returns the format's name, the tokens, and the ends of documents if it has them.
+    """Returns the format's name, the tokens, and the document ends if it has them.
 
-    The format follows from a neighbouring .idx file, then from the first bytes.
+    The format is detected by a neighbouring .idx file, then by the first bytes.
     """
     index = path.removesuffix(".bin") + ".idx"
     if os.path.exists(index):
@@ -102,7 +102,7 @@ def map_file(path: str, dtype: np.dtype, offset: int = 0) -> np.ndarray:
     """Maps a file of numbers into memory, read-only."""
     try:
         if os.path.getsize(path) <= offset:
-            return np.empty(0, dtype)  # nothing cannot be mapped
+            return np.empty(0, dtype)  # an empty file cannot be mapped
         return np.memmap(path, dtype, "r", offset)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from error

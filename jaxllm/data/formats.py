@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One way to read tokens from every token file format.
+"""Opens every token file format through one interface.
 
 | path | read as |
 |---|---|
-| folder with manifest.json | what `python -m jaxllm.tokenize` wrote |
+| folder with manifest.json | token folder of `python -m jaxllm.tokenize` |
 | .bin with a neighbouring .idx | Megatron-LM's IndexedDataset |
 | .bin that starts with 20240520 or 20240801 | llm.c, modded-nanogpt: uint16, uint32 |
 | any other .bin | nanoGPT: raw uint16 |
@@ -43,17 +43,17 @@ _EVAL_NAME = re.compile(r"(?<![a-z])(val|valid|validation|eval|test)(?![a-z])")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenSplit:
-    """The tokens of one split of one path, in order, as if in one array.
+    """The tokens of one split of one path, as if in one array.
 
     Two splits have the same fingerprint if their tokens and boundaries are the same.
-    That of foreign files is a sample: their number of tokens and 256 blocks of 4096.
+    For foreign files it is of a sample: the number of tokens and 256 blocks of 4096.
     """
 
     path: str  # as the user wrote it
     shards: tuple[np.ndarray, ...]  # 1-D, memory-mapped, read-only, none of them empty
     document_ends: np.ndarray | None  # int64, exclusive; None if the format has none
     vocab_size: int  # above every id
-    vocab_known: bool  # or is vocab_size only what the files' dtype can hold?
+    vocab_known: bool  # False: vocab_size is only the limit of the files' dtype
     fingerprint: str  # hex
     tokenizer: str | None  # hash of the tokenizer, if known
 
@@ -86,7 +86,7 @@ class TokenSplit:
 def open_tokens(path: str, split: Literal["train", "eval"]) -> TokenSplit | None:
     """Opens a split of a token folder, a .bin file, or a glob of them.
 
-    Returns None if the path is fine but has no such split.
+    Returns None if the path is valid but has no such split.
     """
     if os.path.exists(os.path.join(path, MANIFEST)):
         return _open_folder(path, split)

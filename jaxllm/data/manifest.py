@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The manifest of a token folder: what `python -m jaxllm.tokenize` promises about it.
+"""The manifest of a token folder: its files, sizes, hashes and tokenizer.
 
 A token folder holds, for each split (`train`, `eval`), flat little-endian token files
 (`train-00000.bin`, uint16 or uint32, no header), one file with the exclusive end of
@@ -42,14 +42,14 @@ class SplitEntry:
 
     num_tokens: int
     num_documents: int
-    sha256: str  # of all tokens and boundaries, however they are cut into files
+    sha256: str  # of all tokens and boundaries, independent of the split into files
     shards: tuple[DataFile, ...]
     ends: DataFile
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerEntry:
-    """What made the tokens."""
+    """The tokenizer that made the tokens."""
 
     kind: str  # bytes or hf
     vocab_size: int
@@ -68,7 +68,7 @@ class Manifest:
 
     @property
     def files(self) -> list[str]:
-        """Names of all files but the manifest itself."""
+        """Names of all files except the manifest itself."""
         names = [TOKENIZER] if self.tokenizer.kind == "hf" else []
         for split in self.splits.values():
             names += [file.name for file in (*split.shards, split.ends)]
@@ -76,12 +76,12 @@ class Manifest:
 
 
 def token_dtype(vocab_size: int) -> str:
-    """Returns the smallest dtype of token files that holds every id."""
+    """Returns the smallest dtype of token files that can hold every id."""
     return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
 def write_manifest(folder: str, manifest: Manifest):
-    """Writes the manifest atomically: it is there complete, or not at all."""
+    """Writes the manifest atomically."""
     content = {"format": FORMAT, **dataclasses.asdict(manifest)}
     path = os.path.join(folder, MANIFEST)
     with open(path + ".tmp", "w", encoding="utf-8") as file:
@@ -92,7 +92,7 @@ def write_manifest(folder: str, manifest: Manifest):
 
 
 def read_manifest(folder: str) -> Manifest:
-    """Reads and checks a manifest; the files that it names are not looked at."""
+    """Reads and checks a manifest, but not the files that it names."""
     path = os.path.join(folder, MANIFEST)
     try:
         with open(path, encoding="utf-8") as file:
@@ -115,7 +115,7 @@ def read_manifest(folder: str) -> Manifest:
 
 
 def hash_file(path: str, *also: Any) -> str:
-    """Returns the SHA-256 of a file, and feeds the hashes in `also` with it."""
+    """Returns the SHA-256 of a file, and updates the hashes in `also` by the way."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(_BLOCK_BYTES):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mixtures: which row of which path comes n-th, for ever.
+"""Mixes several paths: the n-th row, for any n, without end.
 
-A pure function of the numbers of rows, the weights and the seed: any process can ask
-for any n, and all of them get the same answer.
+The order is a pure function of the numbers of rows, the weights and the seed: any
+process can ask for any n, and all get the same answer.
 """
 
 import dataclasses
@@ -20,10 +20,10 @@ MAX_ROWS = 2**32  # Grain shuffles 32-bit numbers
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """Endless rows of several paths, in exact proportions."""
+    """An endless stream of rows of several paths, in exact proportions."""
 
-    proportions: tuple[int, ...]  # rows drawn from each path, of every sum of them
-    orders: tuple[grain.MapDataset[int], ...]  # of the rows of each path, for ever
+    proportions: tuple[int, ...]  # rows from each path, out of every sum(proportions)
+    orders: tuple[grain.MapDataset[int], ...]  # of the rows of each path, endless
 
     def row(self, n: int) -> tuple[int, int]:
         """Returns the n-th row: the number of its path, and its number there."""
@@ -38,15 +38,15 @@ def mix_rows(
 ) -> Mixture:
     """Returns the order of the rows of several paths.
 
-    Each path is read through before a row comes again. With shuffle, each path and each
-    of its epochs has an order of its own; without, the file's.
+    Each path is read completely before a row repeats. With shuffle, each path has its
+    own order in each epoch; without, the order of the file.
 
     Args:
       num_rows: of each path.
-      weights: share of each path; () gives each its number of rows, so that an epoch of
-        the mixture has every row once.
-      seed: of the orders; from 0 to 2**32 - 1.
-      shuffle: false reads each path in order.
+      weights: share of each path; () is by number of rows, so that an epoch of the
+        mixture has every row once.
+      seed: of the shuffles; from 0 to 2**32 - 1.
+      shuffle: False reads each path in order.
     """
     if max(num_rows) > MAX_ROWS:
         raise InputError(
@@ -69,8 +69,8 @@ def draw(n: int, proportions: Sequence[int]) -> tuple[int, int]:
     """Returns the path of the n-th row, and how many of that path came before it.
 
     Of every sum(proportions) rows, path i has exactly proportions[i], evenly spread.
-    The rule is that of grain.MapDataset.mix, which rounds weights (0.7 and 0.3 become
-    0.6997 and 0.3003) and so cannot give each row once an epoch.
+    grain.MapDataset.mix uses the same rule, but rounds weights (0.7 and 0.3 become
+    0.6997 and 0.3003) and so cannot give each row once per epoch.
     """
     before, after, remaining = n, n + 1, sum(proportions)
     for path, share in enumerate(proportions):

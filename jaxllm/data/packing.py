@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packing: how a split's tokens become rows of one length.
+"""Packs the tokens of a split into rows of equal length.
 
-A packed split has a length (its rows), `read(rows)` and `fill_rate`. Any row can be
-read at any time and depends on its number only, so a position in the data is a number.
+A packed split has a length (its rows), `read(rows)` and `fill_rate`. Access is random:
+a row depends on its number only, so a position in the data is one number.
 
-A row of T inputs has T targets beside it, so n tokens of a document give n - 1
+A row has T inputs and T targets, so n tokens of a document give n - 1
 predictions and fill n - 1 slots. The first token of a document is never a target.
 Positions count from the start of the piece that is visible in the row.
 """
@@ -22,15 +22,15 @@ Rows = dict[str, np.ndarray]  # tokens, targets, segments, positions: int32 [row
 
 @dataclasses.dataclass(frozen=True)
 class ConcatRows:
-    """The tokens in order, cut every T; a document may go on in the next row.
+    """The token stream split every T tokens; a document may continue in the next row.
 
-    An end-of-document token is an input as well, with target -1: what follows it
+    An end-of-document token is an input as well, with target -1: the next token
     belongs to another document.
     """
 
     split: TokenSplit
     sequence_length: int
-    keep_tail: bool  # pad the last row; else the tokens that would be in it are lost
+    keep_tail: bool  # pad the last row; False drops its tokens
 
     def __len__(self) -> int:
         predictions = max(self.split.num_tokens - 1, 0)
@@ -80,10 +80,10 @@ class ConcatRows:
 
 @dataclasses.dataclass(frozen=True)
 class FittedRows:
-    """Whole documents, several a row; only those longer than a row are cut.
+    """Whole documents, several per row; only those longer than a row are split.
 
-    A document's last token is a target but no input: nothing is left to predict from
-    it. So no slot is lost between documents. The pieces of a long document overlap by
+    A document's last token is a target but no input, because nothing is left to predict
+    from it: no slot is lost between documents. The pieces of a long document overlap by
     the one token that is the target of one and the first input of the next.
     """
 
@@ -140,7 +140,7 @@ def pack(
     Args:
       split: its tokens and where its documents end.
       sequence_length: slots of a row, T.
-      packing: "concat" cuts documents where a row ends, "best_fit" keeps them whole.
+      packing: "concat" splits documents at row ends, "best_fit" keeps them whole.
       keep_tail: concat: keep the last tokens in a padded row, as an evaluation must.
     """
     if packing == "concat":
@@ -176,7 +176,7 @@ def best_fit(sizes: np.ndarray, capacity: int) -> np.ndarray:
                 needed = -(-(stop - done) // (space // size))
                 group = np.arange(num_rows, num_rows + needed)
                 num_rows += needed
-            # A row takes all it can: after a piece it is still the tightest that fits.
+            # Fill a row at once: after a piece it is still the tightest row that fits.
             each = space // size
             full, rest = divmod(min(stop - done, len(group) * each), each)
             parts = group[:full], group[full : full + 1], group[full + 1 :]

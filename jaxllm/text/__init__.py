@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From text to a token folder."""
+"""Converts text to a token folder."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text from anywhere as one stream of documents, in pieces that fit in memory."""
+"""Reads all text sources as one stream of documents, in pieces that fit in memory."""
 
 import collections
 import contextlib
@@ -15,14 +15,14 @@ from jaxllm.text.sources import STDIN, Source
 
 PIECE_BYTES = 2**20  # documents up to this size are one piece
 
-# GPT-2's pre-tokenization does not join what is left and right of these borders: tokens
-# stay the same where a long document is cut, after a line or else before a word.
+# GPT-2's pre-tokenization never joins text across these borders, so splitting a long
+# document there, after a line or else before a word, does not change its tokens.
 _BORDERS = (re.compile(rb"\S\n(?=\S)"), re.compile(rb"\S(?= \S)"))
-_BORDER_BYTES = 2**16  # looked for in this many bytes at the end of a piece
+_BORDER_BYTES = 2**16  # bytes at the end of a piece that are searched for a border
 
 
 class Piece(NamedTuple):
-    """A part of a document, or all of it."""
+    """A document, or a part of a long one."""
 
     text: bytes  # valid UTF-8, never empty
     is_first: bool  # of its document
@@ -33,10 +33,10 @@ class Piece(NamedTuple):
 def read_pieces(
     sources: Sequence[Source], *, text_field: str, skipped: collections.Counter
 ) -> Iterator[Piece]:
-    """Yields the documents of sources in order, cut into pieces.
+    """Yields the documents of sources in order, split into pieces.
 
-    A text file is one document, a line of .jsonl or a row of .parquet is another. What
-    is left out is counted in `skipped`, as "empty" or "undecodable".
+    A text file is one document, as is a line of .jsonl or a row of .parquet. Skipped
+    documents are counted in `skipped`, as "empty" or "undecodable".
     """
     for source in sources:
         try:
@@ -175,7 +175,7 @@ def _cut(stream: BinaryIO, skipped: collections.Counter) -> Iterator[Piece]:
 
 
 def _border(text: bytes) -> int:
-    """Returns where to cut, in the last bytes of a text that goes on."""
+    """Returns where to split, in the last bytes of a text that continues."""
     window = max(len(text) // 2, len(text) - _BORDER_BYTES)
     for border in _BORDERS:
         if found := collections.deque(border.finditer(text, window), maxlen=1):

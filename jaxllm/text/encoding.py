@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens of a stream of text, by all cores, in the order of the text."""
+"""Tokenizes a stream of text on all cores, in the order of the text."""
 
 import collections
 import concurrent.futures
@@ -18,7 +18,7 @@ from jaxllm.data.manifest import token_dtype
 from jaxllm.text.documents import Piece
 from jaxllm.text.tokenizers import Tokenizer
 
-CHUNK_BYTES = 2**20  # of text, sent to a worker at one time
+CHUNK_BYTES = 2**20  # bytes of text sent to a worker at once
 CHUNK_PIECES = 4096  # bounds the memory of many short documents
 
 
@@ -26,7 +26,7 @@ class Encoded(NamedTuple):
     """Consecutive pieces with their tokens."""
 
     pieces: list[Piece]
-    tokens: np.ndarray  # of all pieces, end to end
+    tokens: np.ndarray  # of all pieces, concatenated
     lengths: np.ndarray  # tokens of each piece
 
 
@@ -36,8 +36,8 @@ def encode_pieces(
     """Yields the tokens of pieces; memory does not grow with the length of the stream.
 
     Args:
-      append_end: put the tokenizer's end of document after each document.
-      workers: processes; the result is the same for any number.
+      append_end: append the end-of-document token to each document.
+      workers: number of processes; the result does not depend on it.
     """
     chunks = _chunk(pieces)
     if workers > 1:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far the reading of a text is: a bar on a terminal, else a line now and then."""
+"""Progress of tokenization: a bar on a terminal, otherwise a line every few seconds."""
 
 import contextlib
 import sys
@@ -21,14 +21,14 @@ _LINE_EVERY_S = 5.0
 
 
 class Advance(Protocol):
-    """Reports bytes that were read, and tokens made of them."""
+    """Reports bytes read, and tokens produced from them."""
 
     def __call__(self, num_bytes: int, num_tokens: int = 0) -> None: ...
 
 
 @contextlib.contextmanager
 def show_progress(title: str, total_bytes: int | None) -> Iterator[Advance]:
-    """Shows progress on standard error; without a total, what is done and how fast."""
+    """Shows progress on standard error; without a total, only amount and speed."""
     if sys.stderr.isatty():
         with _bar(title, total_bytes) as advance:
             yield advance

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The writer of token files: equal shards, document boundaries, held-out parts."""
+"""Writes token files: shards of equal size, document boundaries, held-out split."""
 
 import bisect
 import hashlib
@@ -16,7 +16,7 @@ _BLOCK_TOKENS = 2**22
 
 
 class SplitWriter:
-    """Writes the tokens of one split into shards of equal size, but for the last."""
+    """Writes the tokens of one split into shards of equal size, except the last."""
 
     def __init__(self, folder: str, split: str, *, dtype: str, shard_tokens: int):
         self.shards: list[str] = []
@@ -30,7 +30,7 @@ class SplitWriter:
         self._ends: BinaryIO | None = open(os.path.join(folder, self.ends_name), "wb")
 
     def write(self, tokens: np.ndarray, ends: np.ndarray):
-        """Appends tokens, and documents that end at `ends` (exclusive) within them."""
+        """Appends tokens, and the document ends (exclusive) within them."""
         assert self._ends is not None, "the writer is closed"
         self._ends.write((ends + self.num_tokens).astype(ENDS_DTYPE).tobytes())
         done = 0
@@ -44,7 +44,7 @@ class SplitWriter:
                 self._shard = _close(self._shard)
 
     def close(self):
-        """Brings all to the disk."""
+        """Flushes all files to the disk."""
         self._shard = _close(self._shard)
         self._ends = _close(self._ends)
 
@@ -65,11 +65,11 @@ def write_splits(
     dtype: str,
     shard_tokens: int,
 ) -> dict[str, SplitEntry]:
-    """Writes tokens into their splits and returns what a manifest says of them.
+    """Writes tokens into their splits and returns the entries of the manifest.
 
     Args:
-      holdout: the part of documents or, by "tail", of tokens that goes into eval.
-      has_ends: each document has an end of document, which is no token of its text.
+      holdout: the share of documents or, by "tail", of tokens that goes into eval.
+      has_ends: each document ends with an end-of-document token, not part of its text.
     """
     train, held_out = (
         SplitWriter(folder, split, dtype=dtype, shard_tokens=shard_tokens)
@@ -93,9 +93,9 @@ def write_splits(
 
 
 def is_held_out(first_piece: bytes, holdout: float) -> bool:
-    """Returns on which side a document lands: equal ones on the same.
+    """Returns whether a document is held out; equal documents are on the same side.
 
-    The first piece stands for the document, so that a long one need not be in memory.
+    The hash is of its first piece, so that a long document need not be in memory.
     """
     number = int.from_bytes(hashlib.blake2b(first_piece, digest_size=8).digest())
     return number < holdout * 2**64
@@ -144,7 +144,7 @@ def _move_tail(
         else:
             os.unlink(path)
         start = stop
-    num_before = int(np.searchsorted(ends, at))  # a document may be cut in two
+    num_before = int(np.searchsorted(ends, at))  # a document may be split in two
     _truncate(os.path.join(folder, train.ends_name), num_before * ends.itemsize)
     with open(os.path.join(folder, train.ends_name), "ab") as file:
         file.write(np.array([at] if at else [], ENDS_DTYPE).tobytes())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files that --input names: a file, folders, globs, standard input, the library."""
+"""Finds the files of --input: files, folders, globs, stdin, the standard library."""
 
 import dataclasses
 import glob
@@ -14,7 +14,7 @@ from jaxllm.errors import InputError
 STDIN = "-"
 STDLIB = "python:stdlib"
 
-# Tests are two thirds of the standard library's source; what is left is 12 MB.
+# Tests are two thirds of the standard library's source; the rest is 12 MB.
 _NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 
 
@@ -24,15 +24,15 @@ class Source:
 
     path: str  # - is standard input
     kind: Literal["text", "jsonl", "parquet"]
-    num_bytes: int  # 0 if it is not known
+    num_bytes: int  # 0 if unknown
     mtime_ns: int = 0
-    skip_undecodable: bool = False  # or refuse
+    skip_undecodable: bool = False  # otherwise refuse the input
 
 
 def find_sources(inputs: Sequence[str], *, stdin_format: str) -> tuple[Source, ...]:
-    """Returns the files that inputs name: a folder's recursively, sorted by path.
+    """Returns the files that inputs name; folders are searched recursively, by path.
 
-    Hidden files and folders are left out where a folder or a glob names them.
+    Hidden files and folders within a folder or a glob are skipped.
     """
     if list(inputs).count(STDIN) > 1:
         raise InputError(
@@ -47,7 +47,7 @@ def find_sources(inputs: Sequence[str], *, stdin_format: str) -> tuple[Source, .
 
 
 def hash_sources(sources: Sequence[Source]) -> str:
-    """Returns a hash of the names, sizes and times of files; their text is not read."""
+    """Returns a hash of the names, sizes and times of files, without their content."""
     digest = hashlib.sha256()
     for source in sources:
         digest.update(

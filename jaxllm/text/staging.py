@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A token folder in the making: it appears whole, whatever happens meanwhile.
+"""Writes a token folder atomically: it appears complete or not at all.
 
 Files are written into a hidden folder within the output. When all are complete they
 move to their places, the manifest last. A command killed before that leaves only the
-hidden folder, which the next one empties: it starts again. A command killed while
-files move leaves both: the next one, or any other for this output, ends the move.
+hidden folder; the next command empties it and starts over. A command killed during the
+move leaves both; the next command for this output completes the move.
 """
 
 import contextlib
@@ -24,15 +24,15 @@ from jaxllm.data.manifest import (
 )
 from jaxllm.errors import FullDiskError, InputError
 
-_OLD = "replaced"  # within the hidden folder: the manifest of what is overwritten
+_OLD = "replaced"  # within the hidden folder: the manifest of the overwritten files
 _LOCK = "lock"
 
 
 def finished(output: str) -> Manifest | None:
-    """Returns the manifest of a finished output; None if it has yet to be written.
+    """Returns the manifest of a finished output; None if there is none yet.
 
     Raises:
-      InputError: if the output is a file, or a folder of something else.
+      InputError: if the output is a file, or a folder with other content.
     """
     if not os.path.lexists(output):
         return None
@@ -51,7 +51,7 @@ def finished(output: str) -> Manifest | None:
 
 
 def complete_move(output: str):
-    """Completes the move of files that a killed command had begun, if there was one."""
+    """Completes the move of files that a killed command had begun, if any."""
     folder = os.path.join(output, PARTIAL)
     if os.path.exists(os.path.join(folder, MANIFEST)):
         with _explained(output), _locked(output, os.path.join(folder, _LOCK)):
@@ -64,10 +64,10 @@ def complete_move(output: str):
 def staged(output: str, *, replaces: Manifest | None) -> Iterator[str]:
     """Yields a hidden, empty folder for the files of an output, and locks it.
 
-    Without a `commit` nothing is left of it. Errors of the disk become InputErrors.
+    Without a `commit` it is deleted. Disk errors become InputErrors.
 
     Args:
-      replaces: what `finished` said, which must still hold.
+      replaces: the result of `finished`, which must still hold.
     """
     with _explained(output):
         is_new = not os.path.isdir(output)
@@ -87,7 +87,7 @@ def staged(output: str, *, replaces: Manifest | None) -> Iterator[str]:
 
 
 def commit(output: str, manifest: Manifest):
-    """Puts the staged files of a manifest in place of those that are there."""
+    """Replaces the output's files by the staged files of a manifest."""
     old = set()
     if os.path.exists(os.path.join(output, MANIFEST)):
         old = set(read_manifest(output).files)
@@ -102,7 +102,7 @@ def commit(output: str, manifest: Manifest):
 
 
 def _move(output: str):
-    """Moves staged files into place; can be cut short anywhere and started again."""
+    """Moves staged files into place; can be interrupted anywhere and repeated."""
     folder = os.path.join(output, PARTIAL)
     names = read_manifest(folder).files
     replaced = os.path.join(folder, _OLD)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes a token folder from text, with a tokenizer that may be trained on it."""
+"""Makes a token folder from text; can train a tokenizer on it first."""
 
 import collections
 import contextlib
@@ -26,13 +26,13 @@ from jaxllm.text.tokenizers import (
     trained_vocab_size,
 )
 
-TRAINING_BYTES = 2**26  # of text, at most, that a BPE is trained on
-_WORKER_BYTES = 2**22  # of text that make it worth to start a worker
+TRAINING_BYTES = 2**26  # most bytes of text that a BPE is trained on
+_WORKER_BYTES = 2**22  # bytes of text that justify one more worker
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenSettings:
-    """What decides the tokens; remembered in the manifest."""
+    """The settings that determine the tokens; stored in the manifest."""
 
     input: list[str]
     tokenizer: str
@@ -67,7 +67,7 @@ class TokenSettings:
 def make_token_folder(
     settings: TokenSettings, output: str, *, workers: int = 0, overwrite: bool = False
 ) -> Manifest:
-    """Makes a token folder, or returns the manifest of one made by the same settings.
+    """Makes a token folder, or returns the manifest of one made with equal settings.
 
     Raises:
       InputError: if the text, a setting or the output is wrong.
@@ -113,7 +113,7 @@ def _make_tokenizer(settings: TokenSettings, sources: Sequence[Source]) -> Token
 
 
 def _training_texts(settings: TokenSettings, sources: Sequence[Source]) -> list[bytes]:
-    """Returns what is not held out or, of a large text, a sample chosen by hash."""
+    """Returns the text that is not held out or, if large, a sample chosen by hash."""
     total = sum(source.num_bytes for source in sources)
     by_document = settings.holdout if settings.holdout_by == "document" else 0.0
     left_out = 1 - TRAINING_BYTES / max(total, 1)
@@ -121,7 +121,7 @@ def _training_texts(settings: TokenSettings, sources: Sequence[Source]) -> list[
         sources, text_field=settings.text_field, skipped=collections.Counter()
     )
     texts, held_out = [], False
-    # Read here, not by the trainer: its threads would not let Ctrl-C through.
+    # Read here, not by the trainer, whose threads would block Ctrl-C.
     with show_progress("training the tokenizer", total) as advance:
         for piece in pieces:
             advance(piece.source_bytes)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokenizers: UTF-8 bytes, a Hugging Face tokenizer.json, or a BPE trained on a text.
 
-Text is only ever text: a `<|endoftext|>` written in it becomes ordinary tokens. The one
-special token that this package adds is the end of a document.
+A special token spelled out in a text, such as `<|endoftext|>`, becomes ordinary tokens.
+The only special token that this package adds is the end of a document.
 """
 
 import dataclasses
@@ -26,14 +26,14 @@ from jaxllm.errors import InputError
 END_OF_DOCUMENT = "<|endoftext|>"  # of a BPE trained here
 MAX_TRAINED_VOCAB = 1_000_000
 
-# What published tokenizers call it; the first one found is used.
+# Names in published tokenizers; the first one found is used.
 _KNOWN_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>")
 _STREAM_WINDOW = 64  # tokens that can matter for the text of the next one
 
 
 @dataclasses.dataclass(frozen=True)
 class BytesTokenizer:
-    """One token a byte of UTF-8; 256 ends a document."""
+    """One token per byte of UTF-8; 256 ends a document."""
 
     kind: Literal["bytes"] = "bytes"
     vocab_size: int = 257
@@ -110,7 +110,7 @@ def load_tokenizer(path: str, *, end_of_document: str | None = None) -> Tokenize
     """Loads the tokenizer of a token folder, a tokenizer.json, or `bytes`.
 
     Args:
-      path: a folder made by `python -m jaxllm.tokenize` knows its own end of document.
+      path: a token folder, whose manifest names its end of document, or a file.
       end_of_document: the token that ends a document, for a tokenizer.json where it has
         none of the usual names; without one, `Tokenizer.end_of_document` is None.
     """
@@ -150,7 +150,7 @@ def trained_vocab_size(name: str) -> int | None:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> HFTokenizer:
-    """Trains a byte-level BPE; the same texts in the same order give the same one.
+    """Trains a byte-level BPE; deterministic for the same texts in the same order.
 
     Source: GPT-2's pre-tokenization (Radford et al., 2019). Any text can be encoded.
     """
@@ -177,7 +177,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> HFTokenizer:
 
 
 def describe_tokenizer(tokenizer: Tokenizer) -> TokenizerEntry:
-    """Returns what a manifest says of a tokenizer."""
+    """Returns the entry of a tokenizer in a manifest."""
     names = [field.name for field in dataclasses.fields(TokenizerEntry)]
     return TokenizerEntry(**{name: getattr(tokenizer, name) for name in names})
 
@@ -217,7 +217,7 @@ def _special_tokens(tokenizer: HFTokenizer) -> str:
 
 
 def _added_text(decode, previous_ids: Sequence[int], new_id: int) -> str:
-    # An unfinished character decodes to U+FFFD at the end: held back until it is whole.
+    # An incomplete character decodes to U+FFFD at the end: held back until complete.
     window = list(previous_ids[-_STREAM_WINDOW:])
     before = decode(window).rstrip("\ufffd")
     return decode([*window, new_id]).rstrip("\ufffd")[len(before) :]
