@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks that several sections of a config share, and the numbers their texts offer."""
+"""Checks that several sections share, and the values that their errors suggest."""
 
 import math
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The settings of config.py as data: names, types and comments, and values by type."""
+"""The settings as data: names, types, defaults, comments; and values by type."""
 
 import ast
 import dataclasses
@@ -25,11 +25,11 @@ class Setting:
     name: str  # such as config.optimizer.lr
     type: str  # such as float, or "cosine" | "linear"
     default: str | None  # as source text; None is required
-    doc: str  # its trailing comment in config.py
+    doc: str  # its trailing comment in sections.py or model.py
 
 
 def settings() -> list[Setting]:
-    """Returns all settings in the order of config.py, read from its source."""
+    """Returns all settings in order of their sections, read from the source."""
     modules = dict.fromkeys(section.__module__ for section in section_names())
     lines = {}
     for module in modules:

@@ -12,21 +12,26 @@ from jaxllm.config.checks import (
 )
 from jaxllm.errors import InputError
 
+Balance = Literal["none", "loss", "bias"]
+MLP = Literal["swiglu", "geglu", "gelu"]
+Dtype = Literal["bfloat16", "float32"]
+Remat = Literal["none", "full", "dots", "save_attention"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-    """A mixture of experts in place of every layer's MLP, if num_experts is set."""
+    """Mixture of experts in place of every layer's MLP, if num_experts is above 0."""
 
-    num_experts: int = 0  # MLPs of a layer that a router picks from; 0 is one dense MLP
-    experts_per_token: int = 1  # experts that each token is sent to
-    d_ff_expert: int = 0  # hidden width of an expert; 0 is d_ff
-    num_shared_experts: int = 0  # experts beside them that every token is sent to
-    router: Literal["softmax", "sigmoid"] = "softmax"  # makes scores of its logits
-    renormalize: bool = False  # scores of a token's experts are divided by their sum
-    balance: Literal["none", "loss", "bias"] = "none"  # what evens out experts' loads
-    balance_weight: float = 0.01  # times the loss; what a bias changes by in a step
-    router_z_loss: float = 0.0  # times the squared log of the softmax's denominator
-    capacity_factor: float | None = None  # even loads of a row that fit; None: all
+    num_experts: int = 0  # experts per layer, instead of one MLP; 0: a dense model
+    experts_per_token: int = 1  # top-k: experts that each token is routed to
+    d_ff_expert: int = 0  # hidden width of an expert; 0: the same as d_ff
+    num_shared_experts: int = 0  # further experts that every token passes through
+    router: Literal["softmax", "sigmoid"] = "softmax"  # turns router logits into scores
+    renormalize: bool = False  # divide the scores of a token's experts by their sum
+    balance: Balance = "none"  # load balancing: an auxiliary loss, or router biases
+    balance_weight: float = 0.01  # weight of the balance loss; step size of the biases
+    router_z_loss: float = 0.0  # weight of the squared log of the router's denominator
+    capacity_factor: float | None = None  # expert capacity / even load; None: dropless
 
     def __post_init__(self):
         check_positive(self, "model.moe", "experts_per_token capacity_factor")
@@ -67,29 +72,29 @@ class MoEConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder-only transformer."""
+    """Shape and numerics of a decoder-only transformer."""
 
     vocab_size: int  # rows of the embedding; at least the tokenizer's vocabulary
     num_layers: int  # transformer blocks; a multiple of len(windows)
     d_model: int  # width of the residual stream
     num_heads: int  # query heads
-    num_kv_heads: int  # key/value heads; must divide num_heads
+    num_kv_heads: int  # key/value heads (GQA, MQA); must divide num_heads
     head_dim: int  # width of a head; even, for RoPE
     d_ff: int  # hidden width of the MLP
-    mlp: Literal["swiglu", "geglu", "gelu"] = "swiglu"  # gated by SiLU, GELU; plain
-    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # before each sublayer, and last
-    norm_eps: float = 1e-6  # added to the variance
-    bias: Literal["none", "qkv", "all"] = "none"  # which projections have one
+    mlp: MLP = "swiglu"  # gated MLP with SiLU (swiglu) or GELU (geglu), or plain GELU
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # type of all pre-norms
+    norm_eps: float = 1e-6  # added to the variance in every norm
+    bias: Literal["none", "qkv", "all"] = "none"  # projections that have a bias
     qk_norm: bool = False  # RMSNorm over each query and key head, before RoPE
-    tie_embeddings: bool = False  # the output projection is the embedding, transposed
-    rope_theta: float = 10_000.0  # base of the rotary frequencies
-    windows: tuple[int, ...] = (0,)  # keys seen per layer of a period; 0 is all of them
-    attention_softcap: float | None = None  # c * tanh(logits / c) in attention
-    logit_softcap: float | None = None  # the same on the output logits
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of activations and matmuls
-    remat: Literal["none", "full", "dots", "save_attention"] = "none"  # what is kept
-    scan_layers: bool = True  # compile one period of layers, or every layer
-    moe: MoEConfig = MoEConfig()  # experts in place of the MLP
+    tie_embeddings: bool = False  # share the embedding with the output projection
+    rope_theta: float = 10_000.0  # base of the rotary position embedding's frequencies
+    windows: tuple[int, ...] = (0,)  # attention window of each layer, cyclic; 0: full
+    attention_softcap: float | None = None  # soft cap c of logits: c * tanh(x / c)
+    logit_softcap: float | None = None  # the same soft cap, for the output logits
+    dtype: Dtype = "bfloat16"  # dtype of activations and matmuls; weights are float32
+    remat: Remat = "none"  # activations that are kept; backward recomputes the others
+    scan_layers: bool = True  # compile one period of layers and scan; false: unroll
+    moe: MoEConfig = MoEConfig()  # mixture of experts in place of the MLP
 
     def __post_init__(self):
         check_positive(
@@ -111,8 +116,8 @@ class ModelConfig:
             )
         if not self.windows or min(self.windows) < 0:
             raise InputError(
-                f"config.model.windows={self.windows} must hold at least one number of "
-                "keys, 0 for all of them; use (0,) for full attention in every layer."
+                f"config.model.windows={self.windows} must have an entry, in keys; "
+                "0 is all of them; use (0,) for full attention in every layer."
             )
         if self.num_layers % len(self.windows):
             raise InputError(

@@ -131,5 +131,5 @@ def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
 def _damaged(path: Path) -> str:
     return (
         f"{path} is not the JSON object that a run writes; restore it, or move it "
-        "elsewhere to go on without comparing this config with the one before."
+        "elsewhere to resume without comparing this config with the previous one."
     )

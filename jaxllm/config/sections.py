@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every setting of a run, with its meaning, its default and its checks.
 
-One frozen dataclass a consumer; those of the model are in model.py. A class
-checks its own fields when it is made; `Config` checks what holds between sections.
-Standard library only: a config can be read, written and refused without importing JAX.
+One frozen dataclass per consumer; model.py has the sections of the model. A class
+checks its own fields when it is created; `Config` checks rules between sections. The
+comment of a field is its text in `--help` and docs/settings.md: a phrase that stands
+alone. Standard library only: a config is read and refused without importing JAX.
 """
 
 import dataclasses
@@ -14,51 +15,59 @@ from jaxllm.config.checks import check_not_negative, check_positive, neighbours
 from jaxllm.config.model import ModelConfig
 from jaxllm.errors import InputError
 
+Packing = Literal["concat", "best_fit"]
+Kernel = Literal["auto", "mosaic", "xla"]
+AttentionKernel = Literal["auto", "mosaic", "cudnn", "xla"]
+Exchange = Literal["all_gather", "ring"]
+Optimizer = Literal["adamw", "muon", "adafactor", "lion", "sgd"]
+Schedule = Literal["cosine", "linear", "constant", "wsd"]
+Policy = Literal["stop", "skip", "rewind"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which tokens are read, and how they become rows of a batch."""
+    """Training and held-out tokens, and how documents are packed into rows."""
 
-    paths: tuple[str, ...]  # token folders (jaxllm.tokenize) or .bin files of others
-    weights: tuple[float, ...] = ()  # share of rows drawn from each path; () is by size
-    eval_paths: tuple[str, ...] = ()  # held-out tokens; () is that part of paths
-    sequence_length: int  # tokens a row
-    batch_size: int  # rows a step, over all devices and microbatches
-    packing: Literal["concat", "best_fit"] = "concat"  # cut documents or fit them
-    cross_document_attention: bool = False  # see earlier documents of the row
-    shuffle: bool = True  # a new order of rows each epoch; false reads in order
-    prefetch: int = 4  # batches made and placed ahead, by a thread on the host
+    paths: tuple[str, ...]  # training data: folders of jaxllm.tokenize, or .bin files
+    weights: tuple[float, ...] = ()  # share of rows from each path; (): by its size
+    eval_paths: tuple[str, ...] = ()  # held-out data; (): the held-out part of paths
+    sequence_length: int  # tokens per row, which is the context length
+    batch_size: int  # rows per step (global batch): over all devices and microbatches
+    packing: Packing = "concat"  # concat splits documents at row ends, best_fit pads
+    cross_document_attention: bool = False  # attend to earlier documents of the row
+    shuffle: bool = True  # new order of the rows in each epoch; false: read in order
+    prefetch: int = 4  # batches that a host thread puts on the devices ahead of time
 
     def __post_init__(self):
         check_positive(self, "data", "sequence_length batch_size prefetch")
         if not self.paths:
             raise InputError(
-                "config.data.paths=() names no tokens; make some with "
-                "`python -m jaxllm.tokenize` and give their folder."
+                "config.data.paths=() names no training data; make a token "
+                "folder with `python -m jaxllm.tokenize`, and give its path."
             )
         if self.weights and len(self.weights) != len(self.paths):
             raise InputError(
                 f"config.data.weights={self.weights} must have one number for each of "
-                f"the {len(self.paths)} config.data.paths, or be () to draw by size."
+                f"the {len(self.paths)} config.data.paths, or be () for shares by size."
             )
         if any(not (math.isfinite(weight) and weight > 0) for weight in self.weights):
             raise InputError(
-                f"config.data.weights={self.weights} must all be above 0; leave a path "
-                "out of config.data.paths to not draw from it."
+                f"config.data.weights={self.weights} must all be above 0; remove a "
+                "path from config.data.paths to leave its data out."
             )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along each mesh axis; one axis may be -1, for all the others."""
+    """Devices along each mesh axis; one axis may be -1: all remaining devices."""
 
-    data: int = 1  # replicas: each has all parameters and its part of the batch
-    fsdp: int = -1  # shards of parameters, optimizer state and batch
-    tensor: int = 1  # shards of heads, MLP width, vocabulary; between them of rows
-    expert: int = 1  # shards of experts, and of all else as fsdp
-    context: int = 1  # parts of a row; its attention as config.kernels.context says
-    stage: int = 1  # groups of layers; a pipeline for the microbatches of a step
-    stage_rounds: int = 1  # groups a stage has; more wait less and exchange layers
+    data: int = 1  # data parallelism: replicas of all parameters; shards of the batch
+    fsdp: int = -1  # fully sharded data parallelism: shards of parameters and batch
+    tensor: int = 1  # tensor and sequence parallelism: shards of heads, MLP, vocabulary
+    expert: int = 1  # expert parallelism: shards of experts; like fsdp for all else
+    context: int = 1  # context parallelism: shards of each row; see kernels.context
+    stage: int = 1  # pipeline parallelism: stages of layers; needs microbatches
+    stage_rounds: int = 1  # layer groups per stage; more: smaller bubble, more traffic
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -73,7 +82,7 @@ class MeshConfig:
             if size < 1 and size != -1:
                 raise InputError(
                     f"config.mesh.{axis}={size} must be a number of devices above 0, "
-                    "or -1 for all that the other axes leave."
+                    "or -1 for all devices that the other axes leave."
                 )
         if list(sizes.values()).count(-1) > 1:
             raise InputError(
@@ -90,23 +99,23 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KernelsConfig:
-    """Which implementation each operation uses; auto is the best that can do it."""
+    """Implementation of each operation; auto takes the best that can compute it."""
 
-    attention: Literal["auto", "mosaic", "cudnn", "xla"] = "auto"  # mosaic: Hopper GPUs
-    norm: Literal["auto", "mosaic", "xla"] = "auto"  # of every norm in the model
-    cross_entropy: Literal["auto", "mosaic", "xla"] = "auto"  # with output projection
-    deterministic: bool = True  # attention's gradients have the same bits every time
-    self_check: bool = True  # compare kernels with plain JAX before training
-    grouped_matmul: Literal["auto", "mosaic", "xla"] = "auto"  # of experts
-    context: Literal["all_gather", "ring"] = "all_gather"  # how keys reach all queries
+    attention: AttentionKernel = "auto"  # implementation of attention; mosaic: Hopper
+    norm: Kernel = "auto"  # implementation of RMSNorm and LayerNorm
+    cross_entropy: Kernel = "auto"  # implementation of loss and output projection
+    deterministic: bool = True  # deterministic attention gradients; false: faster
+    self_check: bool = True  # compare each kernel with plain JAX before training starts
+    grouped_matmul: Kernel = "auto"  # implementation of the experts' grouped matmul
+    context: Exchange = "all_gather"  # how context parallelism exchanges keys, values
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Next-token cross-entropy."""
+    """Next-token cross-entropy, averaged over the tokens of the whole batch."""
 
-    z_loss: float = 0.0  # times the squared log of the softmax's denominator
-    chunk_tokens: int = 1024  # tokens a device whose logits exist at one time
+    z_loss: float = 0.0  # weight of the squared log of the softmax denominator
+    chunk_tokens: int = 1024  # tokens per device whose logits are in memory at once
 
     def __post_init__(self):
         check_positive(self, "loss", "chunk_tokens")
@@ -115,20 +124,20 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """The update rule and its learning rate over time."""
+    """Update rule, learning-rate schedule and gradient accumulation."""
 
-    name: Literal["adamw", "muon", "adafactor", "lion", "sgd"] = "adamw"  # update rule
+    name: Optimizer = "adamw"  # update rule
     lr: float  # peak learning rate
-    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"  # after warm-up
-    warmup_steps: int = 0  # steps of linear rise to lr; the first has lr / warmup_steps
-    decay_fraction: float = 0.2  # wsd: the last part of all steps, in which lr falls
-    final_lr_fraction: float = 0.1  # lr at the end, as a part of the peak
-    weight_decay: float = 0.0  # decoupled; on matrices, never norms and biases
-    b1: float = 0.9  # first moment; momentum of muon and sgd; not adafactor
-    b2: float = 0.95  # second moment; not adafactor, sgd, muon's matrices
-    eps: float = 1e-8  # added to the root of the second moment; not lion, sgd
-    clip_norm: float | None = 1.0  # largest global norm of the gradient
-    microbatches: int = 1  # parts of a batch whose gradients are added before an update
+    schedule: Schedule = "cosine"  # learning rate after warm-up; wsd: flat, then decay
+    warmup_steps: int = 0  # steps of linear warm-up; the first has lr / warmup_steps
+    decay_fraction: float = 0.2  # wsd only: last share of the steps, in which lr decays
+    final_lr_fraction: float = 0.1  # last learning rate, as a fraction of lr
+    weight_decay: float = 0.0  # decoupled decay of matrices; not norms, biases
+    b1: float = 0.9  # decay of the first moment; momentum of muon, sgd; not adafactor
+    b2: float = 0.95  # decay of the second moment; not adafactor, sgd, muon's matrices
+    eps: float = 1e-8  # added to the root of the second moment; not in lion, sgd
+    clip_norm: float | None = 1.0  # global norm that gradients are clipped to, or None
+    microbatches: int = 1  # gradient accumulation: parts of a batch, one update
 
     def __post_init__(self):
         check_positive(self, "optimizer", "lr eps clip_norm microbatches")
@@ -149,10 +158,10 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """When and on how much held-out data the loss is measured."""
+    """Evaluation: how often, and on how much held-out data."""
 
-    every: int = 500  # steps between evaluations; 0 is never, not even at the end
-    batches: int = 16  # batches an evaluation, always the same ones; 0 is all
+    every: int = 500  # steps between evaluations; 0: none, not even at the end
+    batches: int = 16  # batches per evaluation, always the same ones; 0: all of them
 
     def __post_init__(self):
         check_not_negative(self, "eval", "every batches")
@@ -160,12 +169,12 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When the run is saved and which saves are kept; the last step always is."""
+    """Checkpoints: how often, and which are kept; the last step always is."""
 
-    every: int = 500  # steps between saves
-    keep_latest: int = 2  # newest saves kept
-    keep_every: int = 0  # also keep the saves at multiples of this step; 0 is none
-    keep_best: bool = False  # also keep the save with the lowest eval loss
+    every: int = 500  # steps between checkpoints; the last step always has one
+    keep_latest: int = 2  # number of newest checkpoints to keep
+    keep_every: int = 0  # also keep checkpoints at multiples of this step; 0: none
+    keep_best: bool = False  # also keep the checkpoint with the lowest evaluation loss
 
     def __post_init__(self):
         check_positive(self, "checkpoint", "every keep_latest")
@@ -180,11 +189,11 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AnomalyConfig:
-    """What happens at a loss or gradient that is not finite, or far above the usual."""
+    """Reaction to a non-finite loss or gradient, or to a spike of one."""
 
-    policy: Literal["stop", "skip", "rewind"] = "stop"  # or leave update or batch out
-    budget: int = 10  # left out in any 1000 steps; one more stops the run
-    spike_factor: float | None = None  # times the running median is too much; or none
+    policy: Policy = "stop"  # stop the run, skip the update, or rewind past the batch
+    budget: int = 10  # anomalies handled per 1000 steps; one more stops the run
+    spike_factor: float | None = None  # loss spike: multiple of the median; None: off
 
     def __post_init__(self):
         check_positive(self, "anomaly", "budget")
@@ -197,11 +206,11 @@ class AnomalyConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistributedConfig:
-    """How long the processes of a run wait for each other."""
+    """Time limits of a run with several processes, and of its watchdog."""
 
-    start_timeout_s: int = 300  # until all have started
-    heartbeat_timeout_s: int = 60  # without a sign of life, until a process is dead
-    stall_timeout_s: int = 300  # limit of a step that is usually faster; 0 is none
+    start_timeout_s: int = 300  # seconds to wait for all processes to start
+    heartbeat_timeout_s: int = 60  # seconds of silence until a process counts as dead
+    stall_timeout_s: int = 300  # least time limit of a step, in seconds; 0: no limit
 
     def __post_init__(self):
         check_not_negative(self, "distributed", "stall_timeout_s")
@@ -210,10 +219,10 @@ class DistributedConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
-    """Where metrics go besides metrics.jsonl."""
+    """How often metrics are logged, and where besides metrics.jsonl."""
 
     every: int = 10  # steps between logged steps
-    tensorboard: bool = True  # the same scalars under <workdir>/tensorboard
+    tensorboard: bool = True  # also write the metrics to <workdir>/tensorboard
     wandb_project: str | None = None  # Weights & Biases project; needs jaxllm[wandb]
 
     def __post_init__(self):
@@ -222,10 +231,10 @@ class LoggingConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """A complete run."""
+    """A complete run: its length, its seed and all sections."""
 
-    steps: int  # updates of the parameters
-    seed: int = 0  # of the initial parameters and of the order of the data
+    steps: int  # training steps: updates of the parameters
+    seed: int = 0  # seed of the initial parameters and of the data order
     model: ModelConfig
     data: DataConfig
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -271,12 +280,12 @@ class Config:
         if self.mesh.expert != 1 and not self.model.moe.num_experts:
             raise InputError(
                 f"config.mesh.expert={self.mesh.expert} needs experts, but "
-                "config.model.moe.num_experts=0; use config.mesh.fsdp, which cuts the "
-                "batch and the weights in the same way."
+                "config.model.moe.num_experts=0; use config.mesh.fsdp, which shards "
+                "the batch and the weights in the same way."
             )
         if self.mesh.context != 1 and self.model.moe.capacity_factor is not None:
             raise InputError(
-                f"config.mesh.context={self.mesh.context} cuts rows, whose tokens "
+                f"config.mesh.context={self.mesh.context} shards rows, whose tokens "
                 "config.model.moe.capacity_factor="
                 f"{self.model.moe.capacity_factor} counts; use "
                 "config.model.moe.capacity_factor=None, or config.mesh.context=1."

@@ -78,3 +78,9 @@ def test_settings_are_listed_with_type_default_and_comment():
     assert found["model.norm_eps"].default == "1e-6"
     assert found["model.windows"].type == "tuple[int, ...]"
     assert found["optimizer.lr"].doc == "peak learning rate"
+
+
+def test_every_setting_has_a_comment_that_stands_alone():
+    for setting in settings():
+        first = setting.doc.split()[0].lower()
+        assert first not in {"of", "or", "with", "what", "times", "that"}, setting.name

@@ -29,8 +29,8 @@ CONFIG = Config(
 )
 
 FILE = """\
-from jaxllm import presets
-from jaxllm.config import Config, DataConfig, OptimizerConfig
+from jaxllm.config import Config, DataConfig
+from jaxllm.config import OptimizerConfig, presets
 STEPS = 100
 def get_config():
     return Config(
