@@ -12,9 +12,11 @@ of `--config` says. A program that uses these flags ends with
 import errno
 import os
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
+from inspect import cleandoc
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,7 +26,12 @@ from absl import app, flags
 from jaxllm.cluster import membership
 from jaxllm.cluster.environment import has_gpus, prepare_gpus
 from jaxllm.config import Config, load_config, override
-from jaxllm.config.fields import setting_types, settings, unknown_setting
+from jaxllm.config.fields import (
+    section_names,
+    setting_types,
+    settings,
+    unknown_setting,
+)
 from jaxllm.config.saved import read_config
 from jaxllm.errors import (
     FAILED,
@@ -38,6 +45,9 @@ from pallas_kernels.self_check import KernelMismatch
 from sharding import ShardingError
 
 FLAGS = flags.FLAGS
+
+HELP_FLAGS = ("--help", "-help", "-h", "--helpfull")
+HELP_COLUMNS = 88
 
 flags.disclaim_key_flags()  # flags defined here belong to the module that asks for them
 
@@ -90,9 +100,11 @@ def define_config_flags():
     """Defines --config, --workdir and one flag for each setting; twice is once."""
     if "config" in FLAGS:
         return
-    flags.DEFINE_string("config", None, "Python file with get_config() -> Config")
     flags.DEFINE_string(
-        "workdir", None, "directory of the run: what is saved and logged"
+        "config", None, "Python file that defines get_config() -> Config"
+    )
+    flags.DEFINE_string(
+        "workdir", None, "directory of the run: its checkpoints, metrics and logs"
     )
     for setting in settings():
         flags.DEFINE_string(setting.name, None, setting.doc)
@@ -130,32 +142,108 @@ def workdir_from_flags() -> Path:
 
 
 def help_text() -> str:
-    """Returns what --help prints: the program's docstring, its flags, all settings."""
-    names = {
+    """Returns the text of --help: usage, flags, names of all settings by section."""
+    names = _own_flags()
+    text = f"{cleandoc(sys.modules['__main__'].__doc__ or '')}\n\nFlags:\n"
+    indent = 4 + max(map(len, ["help", *names]))
+    for name, flag in names.items():
+        has_default = flag.default not in (None, False, [])
+        default = f" (default: {flag.default})" if has_default else ""
+        text += _paragraph(f"--{name}", f"{flag.help}{default}", indent)
+    if "config" not in names:
+        return text + _paragraph("--help", "show this text", indent)
+    text += _paragraph(
+        "--help",
+        "show this text; with a section, such as --help model, its settings"
+        " with types, defaults and meanings; --helpfull shows all of them",
+        indent,
+    )
+    text += (
+        "\nSettings, by section. Each is a flag that overrides the config file, such\n"
+        "as --config.steps=1000 or --config.optimizer.lr=3e-4:\n"
+    )
+    sections = [name.partition(".")[2] for name in section_names().values()]
+    indent = 4 + max(map(len, sections))
+    for section in sections:
+        fields = [name.rpartition(".")[2] for name in _names_in(section)]
+        text += _paragraph(section or "config", ", ".join(fields), indent)
+    return text
+
+
+def section_help(section: str) -> str:
+    """Returns the text of --help SECTION: its settings with types and comments.
+
+    Args:
+      section: such as "optimizer", "model.moe" or, for a run's own settings, "config".
+
+    Raises:
+      InputError: there is no such section.
+    """
+    docs = {name: kind.__doc__ for kind, name in section_names().items()}
+    name = section if section in docs else f"config.{section}"
+    if name not in docs:
+        raise InputError(
+            f"--help={section} is not a section of settings; use one of "
+            f"{', '.join(other.removeprefix('config.') for other in docs)}."
+        )
+    text = f"{name}: {docs[name]}\n\n"
+    for setting in settings():
+        if setting.name.rpartition(".")[0] == name:
+            default = f" = {setting.default}" if setting.default else ", required"
+            text += f"  --{setting.name}: {setting.type}{default}\n"
+            text += f"      {setting.doc}\n"
+    return text
+
+
+def _own_flags() -> dict[str, flags.Flag]:
+    """Returns the flags of the program by name, without one for each setting."""
+    return {
         flag.name: flag
         for module, module_flags in FLAGS.flags_by_module_dict().items()
         if module == sys.argv[0] or module.startswith("jaxllm.")
         for flag in module_flags
         if not flag.name.startswith("config.")
     }
-    lines = [sys.modules["__main__"].__doc__ or "", "Flags:"]
-    for name, flag in names.items():
-        default = "" if flag.default is None else f" ({flag.default_as_str})"
-        lines.append(f"  --{name:<36} {flag.help}{default}")
-    if "config" in names:
-        lines.append("\nSettings, which override the config file (type, default):")
-        for setting in settings():
-            default = setting.default or "required"
-            lines.append(
-                f"  --{setting.name:<36} {setting.doc} ({setting.type}, {default})"
-            )
-    return "\n".join(lines)
+
+
+def _names_in(section: str) -> list[str]:
+    return [name for name in setting_types() if name.rpartition(".")[0] == section]
+
+
+def _paragraph(head: str, text: str, indent: int) -> str:
+    """Returns text beside its head, wrapped."""
+    return (
+        textwrap.fill(
+            text,
+            HELP_COLUMNS,
+            initial_indent=f"  {head}".ljust(indent + 2),
+            subsequent_indent=" " * (indent + 2),
+            break_on_hyphens=False,
+        )
+        + "\n"
+    )
+
+
+def _show_help(arguments: list[str]) -> None:
+    """Prints what --help asks for: with a section, or --helpfull, settings in full."""
+    asked = next(each for each in arguments if each.partition("=")[0] in HELP_FLAGS)
+    flag, _, section = asked.partition("=")
+    behind = arguments[arguments.index(asked) + 1 :][:1]
+    if not section and behind and not behind[0].startswith("-"):
+        section = behind[0]
+    if "config" in FLAGS and section:
+        print(section_help(section), end="")
+        return
+    print(help_text(), end="")
+    if "config" in FLAGS and flag == "--helpfull":
+        for name in section_names().values():
+            print(f"\n{section_help(name)}", end="")
 
 
 def _parse(argv: list[str], positionals: bool) -> list[str]:
     # absl's own help exits with 1 and lists the flags of every imported library.
-    if {"--help", "-help", "-h", "--helpfull"} & set(argv[1:]):
-        print(help_text())
+    if any(argument.partition("=")[0] in HELP_FLAGS for argument in argv[1:]):
+        _show_help(argv[1:])
         sys.exit(FINISHED)
     rest = FLAGS(argv)
     if FLAGS["verbosity"].using_default_value:

@@ -17,6 +17,7 @@ from jaxllm.config.fields import settings
 from jaxllm.config.saved import write_config
 from jaxllm.errors import CheckpointError, InputError
 
+ROOT = Path(__file__).parents[2]
 PROGRAM = '''\
 """Train something."""
 import os
@@ -46,8 +47,8 @@ if __name__ == "__main__":
     flags.run(main)
 '''
 CONFIG = """\
-from jaxllm import presets
-from jaxllm.config import Config, DataConfig, OptimizerConfig
+from jaxllm.config import Config, DataConfig
+from jaxllm.config import OptimizerConfig, presets
 def get_config():
     return Config(
         steps=100,
@@ -79,7 +80,7 @@ def run(folder):
         return subprocess.run(
             [sys.executable, "program.py", *arguments],
             cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
             check=False,
@@ -178,21 +179,89 @@ def test_an_error_of_the_program_keeps_its_traceback(error):
     assert flags.explain(error) is None
 
 
-def test_help_lists_the_flags_and_every_setting(run):
+COMMANDS = {  # and whether it takes a config
+    "jaxllm.train": True,
+    "jaxllm.evaluate": True,
+    "jaxllm.generate": True,
+    "jaxllm.replay": True,
+    "jaxllm.compare_meshes": True,
+    "jaxllm.tokenize": False,
+    "jaxllm.ledger": False,
+    "jaxllm.checkpoint": False,
+}
+
+
+def ask(command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", command, *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_fits_two_screens(command):
+    done = ask(command, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert len(lines) <= 2 * 50
+    assert max(map(len, lines)) <= 100
+    assert f"python -m {command} " in done.stdout
+    assert "\nFlags:\n  --" in done.stdout
+    assert "--pdb" not in done.stdout  # one of absl's
+    assert ("\nSettings, by section." in done.stdout) == COMMANDS[command]
+
+
+def test_help_shows_flags_with_their_defaults_and_names_every_setting(run):
     done = run("--help", "--config=run.py")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("Train something.")
-    assert "what goes wrong ('nothing')" in done.stdout
-    assert "--workdir " in done.stdout
-    assert "--pdb" not in done.stdout
+    assert done.stdout.startswith("Train something.\n\nFlags:\n")
+    assert "  --raise    what goes wrong (default: nothing)\n" in done.stdout
+    assert "  --workdir  " in done.stdout
+    head, _, listed = done.stdout.partition("\nSettings, by section.")
+    assert "--config." not in head
+    words = listed.replace(",", " ").split()
     for setting in settings():
-        assert f"--{setting.name} " in done.stdout
-        assert f"{setting.doc} ({setting.type}, " in done.stdout
+        section, _, field = setting.name.rpartition(".")
+        assert section.removeprefix("config.") in words
+        assert words.count(field) >= 1
+
+
+def test_the_full_help_shows_type_default_and_comment_of_every_setting(run):
+    shown = run("--helpfull").stdout
+    assert shown.startswith(run("-h").stdout)
+    for setting in settings():
+        default = f" = {setting.default}" if setting.default else ", required"
+        flag = f"--{setting.name}: {setting.type}{default}"
+        assert f"\n  {flag}\n      {setting.doc}\n" in shown
+
+
+@pytest.mark.parametrize(
+    "arguments", ["--help optimizer", "--help=optimizer", "-h config.optimizer"]
+)
+def test_help_of_a_section_shows_that_section_alone(run, arguments):
+    done = run(*arguments.split())
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == flags.section_help("optimizer")
+    assert done.stdout.startswith("config.optimizer: Update rule, ")
+    assert done.stdout.count("\n  --config.optimizer.") == 12
+    assert done.stdout.count("\n  --config.") == 12
+
+
+def test_help_of_an_unknown_section_lists_the_sections(run):
+    done = run("--help", "optimiser")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "error: --help=optimiser is not a section of settings; use one of config, "
+        "model, model.moe, data, mesh, kernels, loss, optimizer, eval, checkpoint, "
+        "anomaly, logging, distributed.\n"
+    )
 
 
 def test_the_settings_page_is_current():
-    root = Path(__file__).parents[2]
-    made = runpy.run_path(str(root / "scripts" / "settings_table.py"))["markdown"]()
-    assert (root / "docs" / "settings.md").read_text() == made, (
+    made = runpy.run_path(str(ROOT / "scripts" / "settings_table.py"))["markdown"]()
+    assert (ROOT / "docs" / "settings.md").read_text() == made, (
         "run `python scripts/settings_table.py > docs/settings.md`"
     )
