@@ -244,7 +244,13 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     flags.define_config_flags()
-    absl_flags.DEFINE_string("meshes", None, "such as 'data=8 fsdp=4,tensor=2'")
-    absl_flags.DEFINE_integer("steps", 20, "updates on each mesh", lower_bound=1)
-    absl_flags.DEFINE_float("tolerance", None, "largest difference of a loss; by dtype")
+    absl_flags.DEFINE_string(
+        "meshes", None, "meshes to compare, such as 'data=8 fsdp=4,tensor=2'"
+    )
+    absl_flags.DEFINE_integer("steps", 20, "training steps on each mesh", lower_bound=1)
+    absl_flags.DEFINE_float(
+        "tolerance",
+        None,
+        "largest difference allowed between losses; by dtype if unset",
+    )
     flags.run(main)

@@ -26,5 +26,7 @@ def main(argv: list[str]):
 
 if __name__ == "__main__":
     flags.define_config_flags()
-    absl_flags.DEFINE_string("step", "latest", "save to evaluate: N, latest or best")
+    absl_flags.DEFINE_string(
+        "step", "latest", "checkpoint to evaluate: a step, latest or best"
+    )
     flags.run(main)

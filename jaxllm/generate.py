@@ -58,13 +58,31 @@ def _print_streams(prompts: Sequence[str], pieces: Iterator[tuple[int, str]]):
 
 if __name__ == "__main__":
     flags.define_config_flags()
-    absl_flags.DEFINE_multi_string("prompt", [], "text to go on from; may be repeated")
-    absl_flags.DEFINE_integer("max_tokens", 256, "tokens to write at most, per prompt")
-    absl_flags.DEFINE_float("temperature", 0.8, "0 takes the likeliest token")
-    absl_flags.DEFINE_integer("top_k", 0, "draw from the k likeliest tokens; 0 is all")
-    absl_flags.DEFINE_float("top_p", 0.95, "draw from the likeliest tokens of this sum")
-    absl_flags.DEFINE_integer("seed", 0, "of the draws")
-    absl_flags.DEFINE_string("step", "latest", "save to load: N, latest or best")
-    absl_flags.DEFINE_string("tokenizer", None, "instead of the one of the run's data")
-    absl_flags.DEFINE_integer("devices", 1, "devices to cut the model over")
+    absl_flags.DEFINE_multi_string(
+        "prompt", [], "text to continue; repeat the flag for a batch"
+    )
+    absl_flags.DEFINE_integer(
+        "max_tokens", 256, "largest number of new tokens per prompt"
+    )
+    absl_flags.DEFINE_float(
+        "temperature", 0.8, "sampling temperature; 0: greedy decoding"
+    )
+    absl_flags.DEFINE_integer(
+        "top_k", 0, "sample from the k likeliest tokens; 0: from all"
+    )
+    absl_flags.DEFINE_float(
+        "top_p",
+        0.95,
+        "nucleus sampling: total probability of the tokens to sample from",
+    )
+    absl_flags.DEFINE_integer("seed", 0, "random seed of the sampling")
+    absl_flags.DEFINE_string(
+        "step", "latest", "checkpoint to load: a step, latest or best"
+    )
+    absl_flags.DEFINE_string(
+        "tokenizer",
+        None,
+        "tokenizer.json or bytes, instead of the tokenizer of the run",
+    )
+    absl_flags.DEFINE_integer("devices", 1, "number of devices to shard the model over")
     flags.run(main)

@@ -199,6 +199,8 @@ def main(argv: list[str]):
 
 if __name__ == "__main__":
     flags.define_config_flags()
-    absl_flags.DEFINE_integer("step", None, "step to look at", lower_bound=0)
-    absl_flags.DEFINE_integer("batch", None, "batch, if not the step's", lower_bound=0)
+    absl_flags.DEFINE_integer("step", None, "step to repeat", lower_bound=0)
+    absl_flags.DEFINE_integer(
+        "batch", None, "batch to use instead of the step's own", lower_bound=0
+    )
     flags.run(main)

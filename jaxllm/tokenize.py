@@ -35,40 +35,70 @@ from jaxllm.errors import (
 from jaxllm.text.token_folder import TokenSettings, make_token_folder
 
 _FLAGS: tuple[tuple[Any, ...], ...] = (
-    (flags.DEFINE_multi_string, "input", [], "text to read; may be repeated"),
-    (flags.DEFINE_string, "output", None, "folder for the tokens"),
-    (flags.DEFINE_string, "tokenizer", "bytes", "bytes, a tokenizer.json, or bpe:SIZE"),
-    (flags.DEFINE_string, "text_field", "text", "field of .jsonl, column of .parquet"),
+    (
+        flags.DEFINE_multi_string,
+        "input",
+        [],
+        "text: a file, a folder, a glob or - (see above); may be repeated",
+    ),
+    (flags.DEFINE_string, "output", None, "token folder to write"),
+    (
+        flags.DEFINE_string,
+        "tokenizer",
+        "bytes",
+        "bytes, a tokenizer.json, or bpe:SIZE to train one",
+    ),
+    (
+        flags.DEFINE_string,
+        "text_field",
+        "text",
+        "field of .jsonl or column of .parquet that holds the text",
+    ),
     (
         flags.DEFINE_enum,
         "stdin_format",
         "text",
         ["text", "jsonl"],
-        "what --input=- holds: text, or jsonl",
+        "format of standard input, --input=-",
     ),
     (
         flags.DEFINE_bool,
         "append_end_of_document",
         True,
-        "put a token after each document",
+        "append an end-of-document token to each document",
     ),
     (
         flags.DEFINE_string,
         "end_of_document",
         None,
-        "that token, if it has no usual name",
+        "name of that token in tokenizer.json, if it is an unusual one",
     ),
-    (flags.DEFINE_float, "holdout", 0.01, "part of the text that is held out for eval"),
+    (
+        flags.DEFINE_float,
+        "holdout",
+        0.01,
+        "fraction of the text held out for evaluation",
+    ),
     (
         flags.DEFINE_enum,
         "holdout_by",
         "document",
         ["document", "tail"],
-        "document: some, chosen by their hash; tail: the last of all tokens",
+        "held-out part: documents chosen by hash, or the tail of all tokens",
     ),
-    (flags.DEFINE_integer, "shard_tokens", 100_000_000, "tokens a file"),
-    (flags.DEFINE_integer, "workers", 0, "processes; 0 is one a core"),
-    (flags.DEFINE_bool, "overwrite", False, "replace tokens that were made otherwise"),
+    (
+        flags.DEFINE_integer,
+        "shard_tokens",
+        100_000_000,
+        "number of tokens per shard file",
+    ),
+    (flags.DEFINE_integer, "workers", 0, "number of processes; 0: one per core"),
+    (
+        flags.DEFINE_bool,
+        "overwrite",
+        False,
+        "replace a token folder made with other settings",
+    ),
     (flags.DEFINE_bool, "help", False, "show this text"),
 )
 

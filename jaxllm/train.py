@@ -150,10 +150,17 @@ def main(argv: list[str]) -> int:
 def define_flags() -> None:
     """Declares what the command takes; `main` reads it."""
     flags.define_config_flags()
-    absl_flags.DEFINE_bool("dry_run", False, "print the plan of the run, and stop")
-    absl_flags.DEFINE_bool("overwrite", False, "delete the run in --workdir first")
+    absl_flags.DEFINE_bool(
+        "dry_run", False, "print placement, memory and FLOPs, then stop"
+    )
+    absl_flags.DEFINE_bool(
+        "overwrite", False, "delete the run in --workdir and start anew"
+    )
     absl_flags.DEFINE_integer(
-        "profile", 0, "steps to take apart, after ten others", lower_bound=0
+        "profile",
+        0,
+        "number of steps to profile, after ten warm-up steps",
+        lower_bound=0,
     )
 
 
