@@ -23,6 +23,8 @@ import pytest
 from jaxllm import flags, tokenize
 from jaxllm.config.fields import section_names, setting_types
 from jaxllm.text.tokenizers import train_bpe
+from sharding import rules
+from sharding.alphabet import LETTERS
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [
@@ -35,6 +37,7 @@ TREES = ("jaxllm", "sharding", "pallas_kernels", "configs", "scripts", "tests", 
 
 ELSEWHERE = {  # beginning of a command: why it does not run here
     "make quickstart": "installs; run on a fresh clone before a release",
+    ".venv/bin/python -m jaxllm.generate": "needs the run of make quickstart",
     "make check": "runs in CI",
     "make test": "is what runs this",
     "make format": "would change the files under test",
@@ -193,6 +196,34 @@ def test_the_readme_lists_every_command():
     assert set(_first_column(ROOT / "README.md", "command")) == programs
 
 
+def test_the_readme_says_how_many_lines_its_reading_path_has():
+    text = (ROOT / "README.md").read_text()
+    words = " ".join(text.split())
+    _, _, story = words.partition("The path of one training step is about ")
+    promised = int(story.split()[0].replace(",", ""))
+    path = re.findall(r"`(jaxllm/[\w/]+\.py)`", story.partition("[How it works]")[0])
+    assert len(path) > 10
+    counted = sum(len((ROOT / name).read_text().splitlines()) for name in path)
+    assert abs(counted - promised) <= 0.05 * promised, counted
+    assert len(text.splitlines()) < 200
+
+
+def test_the_terms_are_in_order_and_the_tables_are_those_of_the_code():
+    page = ROOT / "docs" / "terms.md"
+    terms = _first_column(page, "term")
+    assert len(terms) > 60
+    assert terms == sorted(terms, key=lambda term: term.lower().replace("-", " "))
+    _, _, table = page.read_text().partition("| STORAGE |\n|---|---|---|---|---|\n")
+    rows = [
+        [cell.strip() for cell in row.replace("`", "").split("|")[1:-1]]
+        for row in table.split("\n\n")[0].splitlines()
+    ]
+    assert [tuple(row[:2]) for row in rows] == list(LETTERS.items())
+    for letter, _, *written in rows:
+        tables = (rules.COMPUTE, rules.RESIDUAL, rules.STORAGE)
+        assert written == [", ".join(table.get(letter, ())) for table in tables], letter
+
+
 def test_documents_are_ascii_and_fit_a_screen():
     for document in DOCUMENTS:
         for line in document.read_text(encoding="ascii").splitlines():
@@ -283,7 +314,7 @@ def _first_column(document: Path, header: str) -> list[str]:
 
 def _known_options() -> set[str]:
     defined = re.compile(r'DEFINE_\w+\(\s*"(\w+)"|flags\.DEFINE_\w+,\s*"(\w+)"')
-    names = {"help", *(f"config.{name}" for name in setting_types())}
+    names = {"help", "helpfull", *(f"config.{name}" for name in setting_types())}
     for path in (ROOT / "jaxllm").glob("*.py"):
         for match in defined.finditer(path.read_text()):
             names.add(match[1] or match[2])
