@@ -39,7 +39,7 @@ _FLAGS: tuple[tuple[Any, ...], ...] = (
         flags.DEFINE_multi_string,
         "input",
         [],
-        "text: a file, a folder, a glob or - (see above); may be repeated",
+        "text: file, folder, glob or -; may be repeated",
     ),
     (flags.DEFINE_string, "output", None, "token folder to write"),
     (
@@ -52,7 +52,7 @@ _FLAGS: tuple[tuple[Any, ...], ...] = (
         flags.DEFINE_string,
         "text_field",
         "text",
-        "field of .jsonl or column of .parquet that holds the text",
+        "field of .jsonl or column of .parquet to read",
     ),
     (
         flags.DEFINE_enum,
@@ -71,7 +71,7 @@ _FLAGS: tuple[tuple[Any, ...], ...] = (
         flags.DEFINE_string,
         "end_of_document",
         None,
-        "name of that token in tokenizer.json, if it is an unusual one",
+        "name of that token, if tokenizer.json has an unusual one",
     ),
     (
         flags.DEFINE_float,
@@ -84,7 +84,7 @@ _FLAGS: tuple[tuple[Any, ...], ...] = (
         "holdout_by",
         "document",
         ["document", "tail"],
-        "held-out part: documents chosen by hash, or the tail of all tokens",
+        "documents by hash, or the tail of the text",
     ),
     (
         flags.DEFINE_integer,
