@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny model that every mesh of 8 devices can cut: to compare meshes with each other.
+"""A tiny model that fits every mesh of 8 devices, to compare meshes with each other.
 
     JAX_NUM_CPU_DEVICES=8 JAX_PLATFORMS=cpu python -m jaxllm.compare_meshes \\
         --config configs/any_mesh.py
 
-Eight of whatever an axis cuts: layers, microbatches, heads, experts if there are any,
-and two chunks of a row for each. docs/meshes.md says how to make `data/words`, of which
-a row has many documents.
+A mesh axis of 8 fits every dimension that it shards: layers, microbatches, heads,
+experts (if any), and rows, which need two chunks per device. docs/meshes.md says how to
+make `data/words`, in which a row has many documents. Two CPU cores: ten minutes.
 """
 
 from jaxllm.config import (
@@ -31,7 +31,7 @@ def get_config() -> Config:
             d_ff=64,
             qk_norm=True,
             attention_softcap=20.0,
-            dtype="float32",  # in which differences can be told from errors
+            dtype="float32",  # bfloat16 would hide errors in its rounding
         ),
         data=DataConfig(paths=("data/words",), sequence_length=64, batch_size=64),
         loss=LossConfig(chunk_tokens=128),

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shape of Llama 3 8B on tokens of your own, over the GPUs of a node.
+"""Llama 3 8B, trained from scratch on your own tokens, on the GPUs of one node.
 
     python -m jaxllm.train --config configs/llama_8b.py --dry_run
 
-Parameters, gradients and AdamW moments need 16 bytes each: 120 GiB, cut over all GPUs.
-Not trained yet; see the plan of a run with --dry_run.
+Parameters, gradients and AdamW moments take 16 bytes per parameter: 120 GiB, sharded
+over all GPUs. Not trained yet: --dry_run prints the plan, and docs/kernels.md has the
+memory of a compiled step on 8 H200.
 """
 
 from jaxllm.config import (

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quickstart where there are GPUs: a 28M model on Python's standard library.
+"""The quickstart for GPUs: a 28M model on the source of Python's standard library.
 
     python -m jaxllm.train --config configs/quickstart_gpu.py --workdir runs/gpu
 
-Expects the tokens of `make quickstart`. Every GPU takes a part of the batch and of the
-parameters; 64 rows fit 1, 2, 4, 8, 16 or 32 of them. Not measured yet.
+Expects the tokens of `make quickstart`. Batch and parameters are sharded over all GPUs;
+64 rows fit 1, 2, 4, 8, 16 or 32 of them. Not measured yet.
 """
 
 from jaxllm.config import (
