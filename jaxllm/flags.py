@@ -147,9 +147,10 @@ def help_text() -> str:
     text = f"{cleandoc(sys.modules['__main__'].__doc__ or '')}\n\nFlags:\n"
     indent = 4 + max(map(len, ["help", *names]))
     for name, flag in names.items():
-        has_default = flag.default not in (None, False, [])
-        default = f" (default: {flag.default})" if has_default else ""
-        text += _paragraph(f"--{name}", f"{flag.help}{default}", indent)
+        is_off = flag.default is None or flag.default is False or flag.default == []
+        default = "" if is_off else f" (default: {flag.default})"
+        ours = (flag.help or "").partition(";\n")[0]  # absl adds a line to some
+        text += _paragraph(f"--{name}", f"{ours}{default}", indent)
     if "config" not in names:
         return text + _paragraph("--help", "show this text", indent)
     text += _paragraph(

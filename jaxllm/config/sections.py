@@ -62,7 +62,7 @@ class MeshConfig:
     """Devices along each mesh axis; one axis may be -1: all remaining devices."""
 
     data: int = 1  # data parallelism: replicas of all parameters; shards of the batch
-    fsdp: int = -1  # fully sharded data parallelism: shards of parameters and batch
+    fsdp: int = -1  # FSDP (ZeRO-3): shards of parameters, optimizer state and batch
     tensor: int = 1  # tensor and sequence parallelism: shards of heads, MLP, vocabulary
     expert: int = 1  # expert parallelism: shards of experts; like fsdp for all else
     context: int = 1  # context parallelism: shards of each row; see kernels.context
