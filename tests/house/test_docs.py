@@ -313,11 +313,11 @@ def _first_column(document: Path, header: str) -> list[str]:
 
 
 def _known_options() -> set[str]:
-    defined = re.compile(r'DEFINE_\w+\(\s*"(\w+)"|flags\.DEFINE_\w+,\s*"(\w+)"')
+    defined = re.compile(r'DEFINE_\w+\(\s*"(\w+)"')
     names = {"help", "helpfull", *(f"config.{name}" for name in setting_types())}
     for path in (ROOT / "jaxllm").glob("*.py"):
         for match in defined.finditer(path.read_text()):
-            names.add(match[1] or match[2])
+            names.add(match[1])
     return names
 
 
