@@ -17,7 +17,9 @@ from jaxllm.cluster.environment import describe_flags
 from jaxllm.errors import InputError
 
 _MESSAGE_BYTES = 4096
-_WRONG, _FAILED = "!?"  # what an error was, before its message
+# First byte of a message of the lead: the kind of its error.
+_INPUT_ERROR = "!"
+_OTHER_ERROR = "?"
 
 
 def describe() -> str:
@@ -50,12 +52,12 @@ def on_lead(action: Callable[[], Any]) -> None:
             error = caught
     if jax.process_count() == 1:
         return
-    kind = _WRONG if isinstance(error, InputError) else _FAILED
+    kind = _INPUT_ERROR if isinstance(error, InputError) else _OTHER_ERROR
     message = text_of_lead("" if error is None else f"{kind}{error}")
     if error is not None:
         raise error
     if message:
-        kind = InputError if message.startswith(_WRONG) else RuntimeError
+        kind = InputError if message.startswith(_INPUT_ERROR) else RuntimeError
         raise kind(message[1:])
 
 

@@ -20,7 +20,7 @@ _PROBE = "import jax; jax.devices()"
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class GpuSetting:
     """A flag of XLA, or a variable of the environment."""
 
     name: str
@@ -30,33 +30,33 @@ class Choice:
 
 
 _FLAGS = (
-    Choice(
+    GpuSetting(
         "xla_gpu_enable_latency_hiding_scheduler",
         "true",
         "communicates while it computes; without it no gather of a layer's weights is "
         "hidden",
     ),
-    Choice(
+    GpuSetting(
         "xla_gpu_first_collective_call_warn_stuck_timeout_seconds",
         "60",
         "as the next one: what is usual is no warning",
     ),
-    Choice(
+    GpuSetting(
         "xla_gpu_first_collective_call_terminate_timeout_seconds",
         "600",
         "aborts after 40 s by default, while another process may still compile",
     ),
 )
 # By version of jaxlib: a flag that it does not know ends the process.
-FLAGS: Mapping[str, tuple[Choice, ...]] = {"0.11": _FLAGS, "0.12": _FLAGS}
+FLAGS: Mapping[str, tuple[GpuSetting, ...]] = {"0.11": _FLAGS, "0.12": _FLAGS}
 VARIABLES = (
-    Choice(
+    GpuSetting(
         "XLA_CLIENT_MEM_FRACTION",
         "0.9",
         "of a GPU's memory for arrays; 0.75 by default, and NCCL and CUDA need little",
         instead="XLA_PYTHON_CLIENT_MEM_FRACTION",
     ),
-    Choice("NCCL_DEBUG", "WARN", "NCCL says why a connection failed"),
+    GpuSetting("NCCL_DEBUG", "WARN", "NCCL says why a connection failed"),
 )
 
 

@@ -14,9 +14,7 @@ SLOW: tuple[Phase, ...] = ("start", "restore", "save")  # read or write a whole 
 PATIENCE = 4  # times the floor: for slow phases, and for any that is new
 MARGIN = 5  # times the longest of those remembered
 REMEMBERED = 20
-NEW = (
-    2  # so often, a phase of this process is new: devices find each other, caches fill
-)
+WARM_UP = 2  # times that a phase is new: devices find each other, caches fill
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +60,7 @@ class Limits:
         if phase in UNLIMITED or not self._floor_s:
             return math.inf
         took = self._took[phase]
-        patient = phase in SLOW or len(took) < NEW
+        patient = phase in SLOW or len(took) < WARM_UP
         least_s = self._floor_s * (PATIENCE if patient else 1)
         return max(least_s, MARGIN * max(took, default=0.0))
 

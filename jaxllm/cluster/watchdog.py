@@ -31,7 +31,7 @@ MISSED = 3  # heartbeats that a process may miss before it can be blamed for a s
 TRACES_S = 5.0  # for writing the stacks to a disk
 LAST_S = 3.0  # for the others to end, once they have the verdict
 _OURS = ("jaxllm.", "sharding.", "pallas_kernels.")
-_GOES_ON = "The same command goes on from the newest save."
+_RESUMES = "The same command resumes from the newest save."
 
 
 class Watchdog:
@@ -212,7 +212,7 @@ class Watchdog:
             _within(TRACES_S, _write_stacks, *arguments)
         lines = [f"error: {verdict.reason}", *written]
         if verdict.status == RESUMABLE:
-            lines.append(_GOES_ON)
+            lines.append(_RESUMES)
         _within(1.0, self._say, "\n".join(lines) + "\n")
 
 

@@ -12,7 +12,7 @@ SETTINGS = {
     "distributed.stall_timeout_s": 8,
 }
 STOPPED_S = 8 + 8 / 4 + 8  # what docs/reliability.md says, for these settings
-GOES_ON = "The same command goes on from the newest save."
+RESUMES = "The same command resumes from the newest save."
 IN_PROCESS_ONE = """
 import os, time
 from jaxllm.data.packing import ConcatRows
@@ -58,7 +58,7 @@ def test_whoever_is_killed_takes_the_other_along_at_once(pair, killed):
     *_, error, last = processes.said(other).splitlines()
     assert error.startswith(f"error: process {killed} (")
     assert error.endswith(f"{name(processes, killed)} died: its connection has ended.")
-    assert last == GOES_ON
+    assert last == RESUMES
 
 
 def test_one_that_is_stopped_is_named_within_the_stated_time(pair, tmp_path):

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from jaxllm.cluster.limits import MARGIN, NEW, PATIENCE, REMEMBERED, Limits
+from jaxllm.cluster.limits import MARGIN, PATIENCE, REMEMBERED, WARM_UP, Limits
 from jaxllm.cluster.peers import Identity, Link, Meeting, Peers, come
 from jaxllm.cluster.phases import Phase, Phases
 from jaxllm.cluster.verdict import Sign, judge, late
@@ -58,7 +58,7 @@ def spend(phases: Phases, clock: Clock, *parts: tuple[Phase, float]):
 
 
 def test_a_new_phase_may_take_longer_and_a_known_one_the_floor(limits, phases, clock):
-    for _ in range(NEW):
+    for _ in range(WARM_UP):
         assert limits.limit_s("step") == PATIENCE * FLOOR_S
         spend(phases, clock, ("step", 0.1))
     assert limits.limit_s("step") == PATIENCE * FLOOR_S  # the last may not have ended
@@ -71,13 +71,13 @@ def test_a_limit_follows_the_longest_of_the_last_and_forgets(limits, phases, clo
     spend(phases, clock, ("step", 30.0))
     for _ in range(REMEMBERED):
         spend(phases, clock, ("step", 0.1))
-        assert limits.limit_s("step") >= MARGIN * 30.0 or phases.step < NEW + 2
+        assert limits.limit_s("step") >= MARGIN * 30.0 or phases.step < WARM_UP + 2
     spend(phases, clock, ("step", 0.1))
     assert limits.limit_s("step") == FLOOR_S
 
 
 def test_the_parts_of_a_step_are_one_whatever_is_between(limits, phases, clock):
-    for _ in range(NEW + 1):
+    for _ in range(WARM_UP + 1):
         spend(phases, clock, ("step", 1.0), ("data_wait", 0.5), ("step", 8.0))
     assert limits.limit_s("step") == MARGIN * 9.0
 
