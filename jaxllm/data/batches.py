@@ -22,7 +22,7 @@ from sharding import Placement
 
 FOREVER = 2**40  # steps of a stream without end
 
-Batch = dict[str, jax.Array]  # tokens, targets, segments, positions: int32 [B, T]
+Batch = dict[str, jax.Array]  # of BATCH_NAMES: int32 [B, T]
 Find = Callable[[int], tuple[int, int] | None]  # n -> path and row there; None: padding
 
 

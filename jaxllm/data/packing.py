@@ -17,7 +17,8 @@ import numpy as np
 
 from jaxllm.data.formats import TokenSplit
 
-Rows = dict[str, np.ndarray]  # tokens, targets, segments, positions: int32 [rows, T]
+BATCH_NAMES = ("tokens", "targets", "segments", "positions")  # arrays of a batch
+Rows = dict[str, np.ndarray]  # of BATCH_NAMES: int32 [rows, T]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,8 +194,8 @@ def best_fit(sizes: np.ndarray, capacity: int) -> np.ndarray:
 
 def empty_rows(num_rows: int, sequence_length: int) -> Rows:
     """Returns rows of padding: segment 0, and no target."""
-    names = ("tokens", "targets", "segments", "positions")
-    rows = {name: np.zeros((num_rows, sequence_length), np.int32) for name in names}
+    shape = (num_rows, sequence_length)
+    rows = {name: np.zeros(shape, np.int32) for name in BATCH_NAMES}
     rows["targets"] -= 1
     return rows
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Looking into a step: its compiled program, its trace, its numbers layer by layer."""
+"""Inspection of a step: its compiled program, its trace, its norms by layer."""

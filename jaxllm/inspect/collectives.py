@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The communication of a compiled program: read from its HLO, printed as a bill.
+"""The communication of a compiled program: read from its HLO, printed as a table.
 
 HLO is the text of `jax.stages.Compiled.as_text()`, for CPUs or GPUs; scheduled HLO
 also says what hides behind computation.
@@ -93,10 +93,15 @@ def bill(collectives: Iterable[Collective]) -> str:
     rows = sorted(collectives, key=lambda c: -c.wire_bytes * (c.count or 1))
     body = [
         [
-            *(c.kind, _named(c.axes), ", ".join(_counted(c.arrays))),
-            *("?" if c.count is None else str(c.count), _mib(c.wire_bytes)),
-            *(_mib(c.wire_bytes * (c.count or 1)), c.phase or "-"),
-            *("loop" if c.loop else "-", "hidden" if c.overlapped else "exposed"),
+            c.kind,
+            _named(c.axes),
+            ", ".join(_counted(c.arrays)),
+            "?" if c.count is None else str(c.count),
+            _mib(c.wire_bytes),
+            _mib(c.wire_bytes * (c.count or 1)),
+            c.phase or "-",
+            "loop" if c.loop else "-",
+            "hidden" if c.overlapped else "exposed",
             c.source or c.op_name,
         ]
         for c in rows

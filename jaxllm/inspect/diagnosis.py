@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a step saw, in detail: by layer, by parameter and by row of its batch."""
+"""Diagnosis of one step: its losses by row, its norms by layer and by parameter."""
 
 import dataclasses
 from typing import Any
@@ -14,14 +14,13 @@ from jaxllm.step.loss import row_losses
 
 @dataclasses.dataclass(frozen=True)
 class Diagnosis:
-    """Numbers of one batch and one set of parameters.
+    """Losses and norms of one batch with given parameters.
 
     Attributes:
-      means: of the batch's targets, as the step has them: `loss`, `objective`, ...
-      gradients: norm of the gradient of each parameter, a number for each layer that is
-        stacked in it.
-      activations: root of the mean square of the residual stream: of the embeddings,
-        then after each layer.
+      means: over the batch's targets, as in the metrics: `loss`, `objective`, ...
+      gradients: gradient norm of each parameter, one for each layer stacked in it.
+      activations: root mean square of the residual stream: of the embeddings, then
+        after each layer.
       row_losses: mean over a row's targets; NaN where it has none.
     """
 
@@ -32,10 +31,10 @@ class Diagnosis:
 
 
 def diagnose(setup: Setup, params: Any, batch: Batch) -> Diagnosis:
-    """Returns what parameters make of a batch, before any update.
+    """Returns losses and norms of a batch, without an update.
 
-    A forward pass for each layer, with those above it switched off, says where the
-    residual stream stops being finite.
+    A forward pass for each layer, with those above it switched off, finds the layer
+    after which the residual stream is not finite.
     """
     with jax.set_mesh(setup.mesh):
         means, norms = jax.jit(lambda p, b: _gradient_norms(setup, p, b))(params, batch)
@@ -72,18 +71,8 @@ def _row_sums(setup: Setup, params: Any, batch: Batch) -> jax.Array:
     model = setup.model.bind(params)
     x_BTD, _ = forward(setup, model, batch)
     w, letters = model.output_weights()
-    config = setup.config
-    return _everywhere(
-        row_losses(
-            x_BTD,
-            w,
-            batch["targets"],
-            letters,
-            config.model.logit_softcap,
-            config.loss,
-            config.kernels.cross_entropy,
-        )
-    )
+    loss = setup.loss(letters)
+    return _everywhere(row_losses(x_BTD, w, batch["targets"], loss))
 
 
 def _counts(batch: Batch) -> jax.Array:
@@ -91,9 +80,9 @@ def _counts(batch: Batch) -> jax.Array:
 
 
 def _stream(setup: Setup, params: Any, batch: Batch, depth: jax.Array) -> jax.Array:
-    """Returns the root mean square of x after so many layers.
+    """Returns the root mean square of the residual stream after so many layers.
 
-    A layer whose parameters are all 0 adds nothing to x; a final norm is not taken.
+    A layer whose parameters are all 0 adds nothing to it.
     """
     leaves, tree = jax.tree.flatten(params)
     rows = setup.plan.rows
@@ -103,8 +92,7 @@ def _stream(setup: Setup, params: Any, batch: Batch, depth: jax.Array) -> jax.Ar
         for leaf, row in zip(leaves, rows, strict=True)
     ]
     model = setup.model.bind(jax.tree.unflatten(tree, kept))
-    model.final_norm = lambda x_BTD: x_BTD  # pyright: ignore (for this call only)
-    x_BTD, _ = forward(setup, model, in_zigzag(batch))
+    x_BTD, _ = forward(setup, model, in_zigzag(batch), final_norm=False)
     return jnp.sqrt(jnp.square(x_BTD.astype(jnp.float32)).mean())
 
 

@@ -14,16 +14,30 @@ import jax
 import numpy as np
 
 KINDS = (
-    *("all-gather", "all-reduce", "reduce-scatter"),
-    *("all-to-all", "ragged-all-to-all", "collective-permute"),
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
 )
 # Instructions that take no time worth hiding a collective behind.
 _FREE = {
-    *("bitcast", "constant", "get-tuple-element", "parameter", "tuple", "copy"),
-    *("after-all", "partition-id", "replica-id", "iota", "opt-barrier"),
-    *(kind + end for kind in KINDS for end in ("", "-start", "-done")),
-    *("async-start", "async-done", "async-update"),
-}
+    "bitcast",
+    "constant",
+    "get-tuple-element",
+    "parameter",
+    "tuple",
+    "copy",
+    "after-all",
+    "partition-id",
+    "replica-id",
+    "iota",
+    "opt-barrier",
+    "async-start",
+    "async-done",
+    "async-update",
+} | {kind + end for kind in KINDS for end in ("", "-start", "-done")}
 _BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128}
 
 _MOVES = "sharding/arrays.py"

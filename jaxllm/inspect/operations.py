@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the instructions of a compiled program do, for whoever has timed them."""
+"""The operations of a compiled program: what each of its instructions does."""
 
 import dataclasses
 import re
@@ -31,7 +31,7 @@ def read_operations(text: str) -> dict[str, Operation]:
 
 
 def _describe(module: Module, instruction: Instruction) -> Operation:
-    """Returns what an instruction does: as what takes the most time in it says."""
+    """Returns what an instruction does: for a fusion, its most expensive part."""
     kind, inner = _work(module, instruction)
     named = next((i for i in (inner, instruction) if i.op_name), None)
     return Operation(

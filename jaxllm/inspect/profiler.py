@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Takes some steps of a run apart: a trace for other tools, and a table to read."""
+"""Profiles some steps of a run: a trace for other tools, and a table to read."""
 
 import contextlib
 import logging
@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 class Profiler:
     """Traces some steps of a run, once in the life of a process.
 
-    What goes wrong with it is a warning: no run ends for its profile.
+    Its errors are warnings: no run ends because of its profile.
 
     Args:
       folder: where the trace and the table go; None traces nothing.
@@ -51,7 +51,7 @@ class Profiler:
         self._is_tracing = False
 
     def before(self, step: int, state: Any) -> None:
-        """Begins to trace if this is the first step to; the devices are idle then."""
+        """Starts the trace before its first step, once the devices are idle."""
         if self._folder is None or self._is_tracing or step != self._first:
             return
         with self._phases("step"):
@@ -61,7 +61,7 @@ class Profiler:
             self._is_tracing = True
 
     def after(self, step: int, state: Any) -> None:
-        """Ends the trace if this was the last step to, and says where its time went."""
+        """Ends the trace after its last step, and logs where the time went."""
         if self._folder is None or not self._is_tracing or step != self._last:
             return
         with self._phases("step"):
@@ -78,7 +78,7 @@ class Profiler:
             _log.info("%s\nThe trace it is from is under %s.", text, folder)
 
     def close(self) -> None:
-        """Ends a trace that is under way, of fewer steps than were asked for."""
+        """Ends a trace that is under way, of fewer steps than asked for."""
         if self._is_tracing:
             self._is_tracing = False
             _log.warning("The steps to profile were cut short; their trace is kept.")
@@ -88,7 +88,7 @@ class Profiler:
 
 @contextlib.contextmanager
 def trace(folder: Path) -> Iterator[None]:
-    """Writes what the devices do meanwhile under a folder; wait for them inside."""
+    """Writes a trace of the devices under a folder; wait for them inside."""
     _start(folder)
     try:
         yield

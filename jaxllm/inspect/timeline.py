@@ -16,8 +16,15 @@ from jaxllm.inspect.traces import OUTSIDE, Event
 
 # Scopes of the model and of the step: `jax.named_scope`.
 PARTS = (
-    *("embedding", "attention", "mlp", "router", "experts", "shared_experts"),
-    *("final_norm", "loss", "optimizer"),
+    "embedding",
+    "attention",
+    "mlp",
+    "router",
+    "experts",
+    "shared_experts",
+    "final_norm",
+    "loss",
+    "optimizer",
 )
 KINDS = ("matmul", "kernel", "communication", "other")
 SHOWN = 15  # operations
@@ -53,7 +60,7 @@ def share_time(
     operations: Mapping[str, Operation],
     num_steps: int,
 ) -> Timeline:
-    """Gives each instant to the operations that ran in it."""
+    """Divides each instant among the operations that ran in it."""
     some = [
         (i, event) for i, event in enumerate(events) if event.end_ns > event.start_ns
     ]

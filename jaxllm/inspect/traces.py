@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What jax's profiler wrote: the operations of one device and when they ran.
+"""Traces of jax's profiler: the operations of one device and when they ran.
 
 GPUs: each kernel, with the instruction that it is of. Kernels of a CUDA graph have the
 graph's name instead (which is why a profiled run has none): XLA names those of fusions
@@ -36,7 +36,7 @@ class Event:
 def read_events(
     folder: Path, module: str, operations: Mapping[str, Operation]
 ) -> list[Event]:
-    """Returns what the first device in a trace did, but for loops as such.
+    """Returns the operations of the first device in a trace, without loops as such.
 
     Args:
       folder: of `jax.profiler.start_trace`.

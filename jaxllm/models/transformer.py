@@ -144,6 +144,7 @@ class Transformer(nnx.Module):
         is_token_BT: jax.Array | None = None,
         cache: Caches | None = None,
         schedule: Schedule | None = None,
+        final_norm: bool = True,
     ) -> tuple[jax.Array, Caches | None, Stats]:
         """Returns what a call does, and the mean over layers of what `route` tells.
 
@@ -151,6 +152,7 @@ class Transformer(nnx.Module):
           tokens_BT: and others as for a call.
           is_token_BT: bool, false for padding; None is where segments_BT says so.
           schedule: of a mesh with stages; the means then are one for each microbatch.
+          final_norm: False returns the residual stream as it is.
         """
         if is_token_BT is None:
             known = segments_BT is not None
@@ -166,8 +168,9 @@ class Transformer(nnx.Module):
         else:
             x_BTD, cache, stats = self._run_blocks(x_BTD, where, cache)
         with jax.named_scope("final_norm"):
-            x_BTD = sharding.constrain(self.final_norm(x_BTD), "BTD")
-            return x_BTD, cache, stats
+            if final_norm:
+                x_BTD = self.final_norm(x_BTD)
+            return sharding.constrain(x_BTD, "BTD"), cache, stats
 
     def output_weights(self) -> tuple[jax.Array, str]:
         """Returns the parameter that maps x to logits, and its letters."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One update of a model: planned, compiled ahead of time, a pure function."""
+"""One update of a model: a pure function, compiled ahead of time."""
 
 from jaxllm.step.compiled import (
     Batch,

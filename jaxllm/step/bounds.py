@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bounds of the loss and gradient of a step, beyond which its update has no effect."""
+"""Bounds of the loss and gradient norm of a step, beyond which it is skipped."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,7 +19,7 @@ def abstract_bounds(mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
 
 
 def place_bounds(bounds: tuple[float, ...], mesh: jax.sharding.Mesh) -> jax.Array:
-    """Returns bounds on all devices, by transfers that a transfer guard allows."""
+    """Returns bounds on all devices, by explicit transfers."""
     # `device_put` onto the devices of several processes would compare the processes'
     # values first, by a collective of its own.
     abstract = abstract_bounds(mesh)
@@ -38,11 +38,10 @@ def is_within(bounds: jax.Array, metrics: Mapping[str, jax.Array]) -> jax.Array:
 
 
 def select(taken: jax.Array, new: Any, old: Any) -> Any:
-    """Returns new if taken; else old, in which the schedule's time goes on.
+    """Returns new if taken; else old, with the count of the learning rate's schedule.
 
-    A step that has no effect is a step of the run: it has its place in the learning
-    rate's schedule. Adam's own count, which corrects the bias of moments, stands still
-    with the moments.
+    A skipped step is a step of the schedule. Adam's own count, which corrects the bias
+    of moments, does not advance, as the moments do not.
     """
 
     def is_time(node: Any) -> bool:

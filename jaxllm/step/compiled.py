@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled functions that read and change the state of a run."""
+"""The compiled functions of a run: update, evaluation, check for finite numbers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +17,7 @@ from jaxllm.step.microbatches import add_microbatches
 from jaxllm.step.optimizer import is_load_bias, make_schedule
 from jaxllm.step.setup import Setup, TrainState, specs_of
 
-Batch = Mapping[str, jax.Array]  # tokens targets segments positions: int32 [B, T]
+Batch = Mapping[str, jax.Array]  # of BATCH_NAMES: int32 [B, T]
 Sums = dict[str, jax.Array]  # float32 []
 
 
@@ -100,7 +100,7 @@ def compile_check(setup: Setup) -> jax.stages.Compiled:
 
 
 def gradients(setup: Setup, params: Any, batch: Batch) -> tuple[Any, Sums]:
-    """Returns the gradient of the objective's mean over targets, and all such means."""
+    """Returns the gradient of the mean objective over targets, and the mean metrics."""
     num_targets = jnp.maximum((batch["targets"] >= 0).sum(), 1).astype(jnp.float32)
     scale = 1 / num_targets
     grads, sums = _accumulate(setup, params, in_zigzag(batch))
@@ -110,12 +110,21 @@ def gradients(setup: Setup, params: Any, batch: Batch) -> tuple[Any, Sums]:
 
 
 def in_zigzag(batch: Batch) -> Batch:
-    """Returns the batch in the order in which the model takes rows that are cut."""
+    """Returns the batch in zig-zag order, which context parallelism shards."""
     return dict(zip(batch, sharding.to_zigzag(*batch.values()), strict=True))
 
 
-def forward(setup: Setup, model: Transformer, batch: Batch) -> tuple[jax.Array, Sums]:
-    """Returns x_BTD of a batch in zig-zag, and what experts tell."""
+def forward(
+    setup: Setup, model: Transformer, batch: Batch, *, final_norm: bool = True
+) -> tuple[jax.Array, Sums]:
+    """Returns the model's x_BTD, and statistics of its experts.
+
+    Args:
+      setup: of the run.
+      model: with its parameters.
+      batch: in zig-zag order.
+      final_norm: False returns the residual stream as it is.
+    """
     mixed = setup.config.data.cross_document_attention
     x_BTD, _, stats = model.run(
         batch["tokens"],
@@ -123,6 +132,7 @@ def forward(setup: Setup, model: Transformer, batch: Batch) -> tuple[jax.Array, 
         None if mixed else batch["segments"],
         is_token_BT=batch["segments"] > 0,
         schedule=setup.schedule,
+        final_norm=final_norm,
     )
     return x_BTD, stats
 
@@ -137,10 +147,7 @@ def _loss_sums(setup: Setup, params: Any, batch: Batch) -> Sums:
             x_BTD,
             w,
             batch["targets"],
-            letters,
-            setup.config.model.logit_softcap,
-            setup.config.loss,
-            setup.config.kernels.cross_entropy,
+            setup.loss(letters),
         )
     # Means over the tokens of a microbatch, to be weighted by its targets.
     parts = setup.schedule.num_microbatches if setup.schedule else 1

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one place where the model's output becomes a loss."""
+"""The loss: output projection and cross-entropy of the next token."""
 
+import dataclasses
 import functools
 
 import jax
@@ -14,15 +15,19 @@ from pallas_kernels.choice import Implementation
 BATCH_LETTERS = ("B", "T")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """The output projection and the loss of a model, without arrays."""
+
+    letters: str  # of w: "DV", or "VD" if it is the embedding
+    softcap: float | None  # c * tanh(logits / c); None is off
+    config: LossConfig  # z_loss is in the objective only
+    implementation: Implementation = "auto"  # of the kernel
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def next_token_loss(
-    x_BTD: jax.Array,
-    w: jax.Array,
-    targets_BT: jax.Array,
-    letters: str,
-    softcap: float | None,
-    config: LossConfig,
-    implementation: Implementation = "auto",
+    x_BTD: jax.Array, w: jax.Array, targets_BT: jax.Array, loss: Loss
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the objective and the negative log-likelihood, both float32 sums.
 
@@ -33,51 +38,38 @@ def next_token_loss(
       x_BTD: output of the model, placed by COMPUTE.
       w: float32 output projection, placed by STORAGE.
       targets_BT: int32; -1 has no loss.
-      letters: of w, "DV" or "VD" if it is the embedding.
-      softcap: c * tanh(logits / c); None is off.
-      config: z_loss is in the objective only.
-      implementation: of `pallas_kernels.linear_cross_entropy`.
+      loss: what is computed.
     """
-    options = (letters, softcap, config, implementation)
-    return _run(x_BTD, w, targets_BT, *options, with_gradients=False)[:2]
+    return _run(x_BTD, w, targets_BT, loss, with_gradients=False)[:2]
 
 
 def row_losses(
-    x_BTD: jax.Array,
-    w: jax.Array,
-    targets_BT: jax.Array,
-    letters: str,
-    softcap: float | None,
-    config: LossConfig,
-    implementation: Implementation = "auto",
+    x_BTD: jax.Array, w: jax.Array, targets_BT: jax.Array, loss: Loss
 ) -> jax.Array:
     """Returns the negative log-likelihood of each row, float32 sums nll_B.
 
-    Arguments are those of `next_token_loss`; for looking at a batch, row after row.
+    For a diagnosis: one row after the other. Arguments as for `next_token_loss`.
     """
 
     def block(x_BTD, w, targets_BT):
         def row(inputs):
-            options = (letters, softcap, config, implementation)
-            return _terms(inputs[0], w, inputs[1], *options, with_gradients=False).nll
+            return _terms(inputs[0], w, inputs[1], loss, with_gradients=False).nll
 
         nll_B = jax.lax.map(row, (x_BTD, targets_BT))
         axes = sharding.axes_of("T")
         return jax.lax.psum(nll_B, axes) if axes else nll_B
 
-    run = sharding.local(block, ("BTD", letters, "BT"), "B")
-    return run(x_BTD, sharding.gather(w, letters, x_BTD.dtype), targets_BT)
+    run = sharding.local(block, ("BTD", loss.letters, "BT"), "B")
+    return run(x_BTD, sharding.gather(w, loss.letters, x_BTD.dtype), targets_BT)
 
 
-def _forward(x_BTD, w, targets_BT, *options):
-    objective, nll, dx_BTD, dw = _run(
-        x_BTD, w, targets_BT, *options, with_gradients=True
-    )
+def _forward(x_BTD, w, targets_BT, loss: Loss):
+    objective, nll, dx_BTD, dw = _run(x_BTD, w, targets_BT, loss, with_gradients=True)
     return (objective, nll), (dx_BTD, dw)
 
 
-def _backward(letters, softcap, config, implementation, saved, cotangents):
-    del letters, softcap, config, implementation
+def _backward(loss: Loss, saved, cotangents):
+    del loss
     dx_BTD, dw = saved
     # nll only reports; its gradient is part of the objective's.
     d_objective, _ = cotangents
@@ -88,14 +80,16 @@ next_token_loss.defvjp(_forward, _backward)
 
 
 def _run(
-    x_BTD, w, targets_BT, letters, softcap, config, implementation, *, with_gradients
-):
+    x_BTD, w, targets_BT, loss: Loss, *, with_gradients: bool
+) -> tuple[jax.Array, ...]:
+    """Returns objective and nll, and with gradients those by x and by w."""
+
     def block(x_BTD, w, targets_BT):
         terms = _terms(
             x_BTD.reshape(-1, x_BTD.shape[-1]),
             w,
             targets_BT.reshape(-1),
-            *(letters, softcap, config, implementation),
+            loss,
             with_gradients=with_gradients,
         )
         axes = tuple(a for letter in BATCH_LETTERS for a in sharding.axes_of(letter))
@@ -104,28 +98,26 @@ def _run(
         if not with_gradients:
             return objective, nll
         assert terms.dx_TD is not None and terms.dw is not None, "asked for above"
-        dw = sharding.reduce_to_storage(terms.dw, letters)
+        dw = sharding.reduce_to_storage(terms.dw, loss.letters)
         return objective, nll, terms.dx_TD.reshape(x_BTD.shape), dw
 
-    gradients = ("BTD", sharding.out_sharding(letters, sharding.STORAGE))
-    run = sharding.local(
-        block, ("BTD", letters, "BT"), ("", "", *(gradients if with_gradients else ()))
-    )
-    return run(x_BTD, sharding.gather(w, letters, x_BTD.dtype), targets_BT)
+    outs: tuple[str | jax.P | None, ...] = ("", "")
+    if with_gradients:
+        outs = ("", "", "BTD", sharding.out_sharding(loss.letters, sharding.STORAGE))
+    run = sharding.local(block, ("BTD", loss.letters, "BT"), outs)
+    return run(x_BTD, sharding.gather(w, loss.letters, x_BTD.dtype), targets_BT)
 
 
-def _terms(
-    x_TD, w, targets_T, letters, softcap, config, implementation, *, with_gradients
-):
+def _terms(x_TD, w, targets_T, loss: Loss, *, with_gradients: bool):
     return pallas_kernels.linear_cross_entropy(
         x_TD,
         w,
         targets_T,
-        letters=letters,
-        z_loss=config.z_loss,
-        softcap=softcap,
-        chunk_tokens=config.chunk_tokens,
+        letters=loss.letters,
+        z_loss=loss.config.z_loss,
+        softcap=loss.softcap,
+        chunk_tokens=loss.config.chunk_tokens,
         vocab_axes=sharding.axes_of("V"),
         with_gradients=with_gradients,
-        implementation=implementation,
+        implementation=loss.implementation,
     )

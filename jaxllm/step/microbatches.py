@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients of a batch, added up one microbatch after the other."""
+"""Gradient accumulation over microbatches."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,9 +14,9 @@ from jaxllm.models.pipeline import split
 def add_microbatches(
     gradient: Callable, params: Any, batch: Mapping[str, jax.Array], num_parts: int
 ) -> tuple[Any, Any]:
-    """Returns the sum over microbatches of the gradient, and of what comes with it.
+    """Returns the sums over microbatches of the gradient and of the metrics.
 
-    Each replica along `data` adds up its own; then all of them do, once a step.
+    Each replica along `data` accumulates its own; one all-reduce a step adds them.
 
     Args:
       gradient: takes params and a batch; returns the gradient of a sum, and sums.

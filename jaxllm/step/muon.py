@@ -20,12 +20,12 @@ UPDATE_RMS = 0.2  # that of AdamW's updates in practice, so that both share an l
 
 
 def has_muon(letters: str) -> bool:
-    """Says if Muon takes a parameter: each matrix but the embedding and the output."""
+    """Returns whether Muon updates a parameter: matrices but embedding and output."""
     return is_matrix(letters) and "V" not in letters
 
 
 def is_matrix(letters: str) -> bool:
-    """Says if a parameter maps to or from the model width D.
+    """Returns whether a parameter maps to or from the model width D.
 
     Embedding, output and every projection do; biases and the scales of norms do not
     ("NH", "F", "D", "H").

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The update rule and the learning rate over time, from their settings.
+"""The optimizer and the learning rate's schedule, from their settings.
 
 Every optimizer is the same chain: clip the global norm of the gradient, scale it (the
 only difference between them), add the decoupled weight decay, multiply by -lr. All
@@ -81,7 +81,7 @@ def make_optimizer(
 
 
 def is_load_bias(letters: str) -> bool:
-    """Says if a parameter is a router's bias: its gradient is an error in the load."""
+    """Returns whether a parameter is a router's bias: its gradient is a load error."""
     return "R" in letters and "D" not in letters
 
 

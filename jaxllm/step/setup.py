@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a config means on a mesh: shapes, placement and functions, but no arrays."""
+"""A config on a mesh: shapes, shardings and functions, without arrays."""
 
 import dataclasses
 from typing import Any
@@ -10,15 +10,17 @@ import optax
 
 import sharding
 from jaxllm.config import Config
+from jaxllm.data.packing import BATCH_NAMES
 from jaxllm.models import Model
 from jaxllm.models.pipeline_schedule import Schedule, schedule_stages
+from jaxllm.step.loss import Loss
 from jaxllm.step.optimizer import make_optimizer
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything an update changes."""
+    """Everything that an update changes."""
 
     step: jax.Array  # int32 []: updates done
     params: Any
@@ -27,10 +29,10 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What a config means on a mesh: shapes, placement and functions, but no arrays.
+    """A config on a mesh: shapes, shardings and functions, without arrays.
 
     Attributes:
-      schedule: of the stages of the mesh, if it has any.
+      schedule: of the pipeline stages, if the mesh has any.
       abstract_state: `jax.ShapeDtypeStruct` with shardings: the target of a restore.
       abstract_batch: the same for a batch.
     """
@@ -49,9 +51,19 @@ class Setup:
         """The parameters' paths, in the order of `jax.tree.leaves`."""
         return [row.path for row in self.plan.rows]
 
+    def loss(self, letters: str) -> Loss:
+        """Returns the loss of the config, for output weights of these letters."""
+        config = self.config
+        return Loss(
+            letters,
+            config.model.logit_softcap,
+            config.loss,
+            config.kernels.cross_entropy,
+        )
+
 
 def prepare(config: Config, mesh: jax.sharding.Mesh) -> Setup:
-    """Plans the placement of the state and checks it; touches no device.
+    """Plans and checks the sharding of the state; touches no device.
 
     Raises:
       sharding.ShardingError: lists everything on which mesh and config disagree.
@@ -88,14 +100,12 @@ def prepare(config: Config, mesh: jax.sharding.Mesh) -> Setup:
             state,
             plan.shardings(state),
         ),
-        abstract_batch=dict.fromkeys(
-            ("tokens", "targets", "segments", "positions"), row
-        ),
+        abstract_batch=dict.fromkeys(BATCH_NAMES, row),
     )
 
 
 def init_state(setup: Setup) -> TrainState:
-    """Returns the state before the first update: bitwise the same on every mesh."""
+    """Returns the initial state, bitwise the same on every mesh."""
 
     def init(key):
         return _new_state(setup.model.init(key), setup.optimizer)

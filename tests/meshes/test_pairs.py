@@ -21,7 +21,7 @@ from courses import (
 from jaxllm.config import Config, LossConfig, ModelConfig, OptimizerConfig
 from jaxllm.models import Model
 from jaxllm.step import Setup, TrainState
-from jaxllm.step.loss import next_token_loss
+from jaxllm.step.loss import Loss, next_token_loss
 
 MESHES = ["data 8", "fsdp 8", "tensor 2 x fsdp 4", "data 2 x fsdp 2 x tensor 2"]
 
@@ -103,8 +103,8 @@ def test_a_call_without_a_mesh_gives_the_loss_of_one_device():
         module = model.bind(params)
         x_BTD, _ = module(batch["tokens"], batch["positions"], batch["segments"])
         w, letters = module.output_weights()
-        options = (letters, MODEL.logit_softcap, LossConfig())
-        nll = next_token_loss(x_BTD, w, batch["targets"], *options)[1]
+        loss = Loss(letters, MODEL.logit_softcap, LossConfig())
+        nll = next_token_loss(x_BTD, w, batch["targets"], loss)[1]
         return nll / (batch["targets"] >= 0).sum().astype(jnp.float32)
 
     assert jax.sharding.get_abstract_mesh().empty

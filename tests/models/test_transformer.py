@@ -14,7 +14,7 @@ import pytest
 from jaxllm.config import LossConfig, ModelConfig, MoEConfig, presets
 from jaxllm.models import Model, make_cache
 from jaxllm.plan import budget
-from jaxllm.step.loss import next_token_loss
+from jaxllm.step.loss import Loss, next_token_loss
 
 B, T = 2, 12
 EPS = float(np.finfo(np.float32).eps)
@@ -227,8 +227,8 @@ def gradients_of(option: str = "plain", scan_layers: bool = True, **changes):
             module = model.bind(params)
             x_BTD, _ = module(tokens, positions)
             w, letters = module.output_weights()
-            softcap = model.config.logit_softcap
-            return next_token_loss(x_BTD, w, targets, letters, softcap, LossConfig())[0]
+            options = Loss(letters, model.config.logit_softcap, LossConfig())
+            return next_token_loss(x_BTD, w, targets, options)[0]
 
         return jax.value_and_grad(loss)(params)
 
@@ -359,7 +359,7 @@ def test_the_flops_formula_is_what_xla_counts_in_an_unrolled_model(tied):
         x_BTD, _ = module(tokens_BT, positions_BT)
         w, letters = module.output_weights()
         chunk = LossConfig(chunk_tokens=tokens)  # one: a scan's body is counted once
-        return next_token_loss(x_BTD, w, tokens_BT, letters, None, chunk)[0]
+        return next_token_loss(x_BTD, w, tokens_BT, Loss(letters, None, chunk))[0]
 
     ints = jax.ShapeDtypeStruct((rows, length), jnp.int32)
     step = jax.jit(jax.grad(loss)).lower(model.abstract, ints, ints).compile()

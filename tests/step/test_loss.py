@@ -10,7 +10,7 @@ import pytest
 
 import sharding
 from jaxllm.config import LossConfig
-from jaxllm.step.loss import next_token_loss
+from jaxllm.step.loss import Loss, next_token_loss
 
 B, T, D, V = 8, 6, 16, 32
 EPS = float(np.finfo(np.float32).eps)
@@ -53,7 +53,7 @@ def naive(x, w, targets, letters):
 
 def run(x, w, targets, letters, config: LossConfig = CONFIG):
     def objective(x, w):
-        return next_token_loss(x, w, targets, letters, SOFTCAP, config)
+        return next_token_loss(x, w, targets, Loss(letters, SOFTCAP, config))
 
     return jax.jit(jax.value_and_grad(objective, argnums=(0, 1), has_aux=True))(x, w)
 
@@ -112,7 +112,7 @@ def test_the_gradient_scales_with_what_is_above_the_loss():
     x, w, targets = draw()
 
     def tripled(x, w):
-        return 3 * next_token_loss(x, w, targets, "DV", SOFTCAP, CONFIG)[0]
+        return 3 * next_token_loss(x, w, targets, Loss("DV", SOFTCAP, CONFIG))[0]
 
     got = jax.jit(jax.grad(tripled, argnums=(0, 1)))(x, w)
     _, (dx, dw) = run(x, w, targets, "DV")
@@ -128,7 +128,6 @@ def test_bfloat16_activations_have_a_float32_loss_and_weight_gradient():
 
 def test_a_loss_without_gradients_is_the_same():
     x, w, targets = draw()
-    got = jax.jit(next_token_loss, static_argnums=(3, 4, 5))(
-        x, w, targets, "DV", SOFTCAP, CONFIG
-    )
+    loss = Loss("DV", SOFTCAP, CONFIG)
+    got = jax.jit(next_token_loss, static_argnums=3)(x, w, targets, loss)
     check(got, run(x, w, targets, "DV")[0])
