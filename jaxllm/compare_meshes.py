@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains the first steps of a config on several meshes, and compares their losses.
+"""Trains the first steps of a config on several meshes, and compares the losses.
 
 JAX_NUM_CPU_DEVICES=8 JAX_PLATFORMS=cpu python -m jaxllm.compare_meshes \\
     --config configs/x.py [--meshes "data=8 fsdp=4,tensor=2"] [--steps 20]
 
-Exit status: 0 all agree with one device, 1 one does not, 2 wrong input, which a mesh of
---meshes is that the config does not fit.
+Exit status: 0 all agree with one device; 1 one does not; 2 wrong input, also a mesh of
+--meshes that the config does not fit.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -19,15 +20,15 @@ import sharding
 from jaxllm import flags
 from jaxllm.checkpoint.checksum import checksums
 from jaxllm.config import Config, MeshConfig, ModelConfig
-from jaxllm.data.batches import load_batches
-from jaxllm.data.splits import check_vocab, open_splits
+from jaxllm.data.batches import Batch
 from jaxllm.errors import InputError
-from jaxllm.step import Setup, compile_step, init_state, prepare
+from jaxllm.run.data import open_train_data
+from jaxllm.step import Setup, TrainState, compile_step, init_state, prepare
 from sharding import ShardingError
 
-# Largest relative difference of a loss that the order of additions explains,
+# Largest relative difference of a loss by the order of additions alone.
 TOLERANCES = {"float32": 1e-6, "bfloat16": 2.0**-8}
-# and that it does where a token whose scores nearly tie chooses another expert.
+# The same with experts: a token whose scores nearly tie is routed to another one.
 ROUTED_TOLERANCE = 1e-3
 
 # Axes that are often used together; all threes would be many.
@@ -45,17 +46,17 @@ Sizes = Mapping[str, int]
 
 @dataclasses.dataclass(frozen=True)
 class Course:
-    """What the first steps on a mesh gave."""
+    """Losses and gradient norms of the first steps on a mesh."""
 
     parameters: dict[str, str]  # checksum of each before step 0, by path
     losses: np.ndarray
     grad_norms: np.ndarray
-    documents: int  # in the row that had the fewest
+    documents: int  # least number in a row
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """How far a mesh is from one device."""
+    """The differences of a mesh from one device."""
 
     mesh: str
     refusal: str = ""  # why the config does not fit it; nothing was run
@@ -69,12 +70,12 @@ class Comparison:
         return float(np.max(self.losses))
 
     def num_equal(self, tolerance: float) -> int:
-        """Returns the steps before the first whose loss is too far away."""
+        """Returns the number of steps before the first beyond the tolerance."""
         far = [not loss <= tolerance for loss in self.losses]
         return [*far, True].index(True)
 
     def agrees(self, tolerance: float) -> bool:
-        """Returns whether the mesh trains what one device does."""
+        """Returns whether all steps are within the tolerance, or none was run."""
         same = not self.changed and self.num_equal(tolerance) == len(self.losses)
         return bool(self.refusal) or same
 
@@ -82,10 +83,10 @@ class Comparison:
 def compare(
     config: Config, meshes: Sequence[Sizes], one: Course
 ) -> Iterator[Comparison]:
-    """Yields how each mesh differs from one device.
+    """Yields the differences of each mesh from one device.
 
     Args:
-      config: its own mesh does not matter.
+      config: its own mesh is ignored.
       meshes: sizes of the axes that are not 1; their product may be less than the
         number of devices here.
       one: what `follow_one` gave.
@@ -120,26 +121,41 @@ def follow_one(config: Config, num_steps: int) -> Course:
 
 
 def follow(setup: Setup, num_steps: int) -> Course:
-    """Trains from the beginning on the config's data; saves nothing."""
-    config = setup.config
-    splits = open_splits(config.data, "train")
-    check_vocab(splits, config.model.vocab_size)
+    """Trains the first steps on the config's data; saves nothing."""
     step, state = compile_step(setup), init_state(setup)
     parameters = checksums(state.params)
-    records, documents = [], []
-    with load_batches(
-        config.data,
-        splits,
-        seed=config.seed,
-        sharding=setup.abstract_batch["tokens"].sharding,
-    ) as batches:
-        for _ in range(num_steps):
-            batch = next(batches)
+    documents = []
+
+    def counted(batches: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in batches:
             documents.append(int(batch["segments"].max(1).min()))
-            state, metrics = step(state, batch)
-            records.append(jax.device_get((metrics["loss"], metrics["grad_norm"])))
-    losses, grad_norms = np.array(records, np.float64).T
+            yield batch
+
+    with open_train_data(setup).batches() as batches:
+        first = itertools.islice(batches, num_steps)
+        _, metrics = train_on(step, state, counted(first))
+    losses, grad_norms = metrics["loss"], metrics["grad_norm"]
     return Course(parameters, losses, grad_norms, min(documents))
+
+
+def train_on(
+    step: jax.stages.Compiled, state: TrainState, batches: Iterable[Batch]
+) -> tuple[TrainState, dict[str, np.ndarray]]:
+    """Trains a step on each batch; returns the last state, and float64 metrics by step.
+
+    Args:
+      step: from `compile_step`, without bounds.
+      state: donated.
+      batches: at least one.
+    """
+    records = []
+    for batch in batches:
+        state, metrics = step(state, batch)
+        records.append(jax.device_get(metrics))
+    return state, {
+        name: np.array([record[name] for record in records], np.float64)
+        for name in records[0]
+    }
 
 
 def prepare_on(config: Config, sizes: Sizes) -> Setup:
@@ -162,14 +178,14 @@ def prepare_on(config: Config, sizes: Sizes) -> Setup:
 
 
 def tolerance_of(model: ModelConfig) -> float:
-    """Returns the largest relative difference of a loss that is explained."""
+    """Returns the largest relative difference of a loss that is accepted."""
     tolerance, moe = TOLERANCES[model.dtype], model.moe
     routed = moe.experts_per_token < moe.num_experts  # all of them need no choice
     return max(tolerance, ROUTED_TOLERANCE) if routed else tolerance
 
 
 def standard_meshes(num_devices: int) -> list[dict[str, int]]:
-    """Returns axes alone, every two that share the devices, and some three."""
+    """Returns each axis alone, every pair of axes, and some triples."""
     axes = list(MeshConfig().sizes)
     alone = [{axis: num_devices} for axis in axes]
     if num_devices % 2 or num_devices < 4:

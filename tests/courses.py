@@ -14,7 +14,9 @@ import jax
 import numpy as np
 
 import sharding
+from jaxllm.compare_meshes import train_on
 from jaxllm.config import Config, DataConfig
+from jaxllm.data.packing import BATCH_NAMES
 from jaxllm.step import Setup, TrainState, compile_step, init_state, prepare
 
 ONE_DEVICE = "one device"
@@ -28,7 +30,7 @@ NORM_TOLERANCE = float(np.finfo(np.float32).eps * np.sqrt(ROWS * LENGTH * STEPS)
 
 
 @dataclasses.dataclass(frozen=True)
-class Course:
+class Trained:
     """What the steps on a mesh gave."""
 
     setup: Setup
@@ -55,19 +57,14 @@ def make_setup(config: Config, mesh: str) -> Setup:
 @functools.cache
 def train(
     config: Config, mesh: str, start: Callable[[Setup], TrainState] = init_state
-) -> Course:
+) -> Trained:
     """Trains all steps of a config, each mesh once however many tests ask."""
     setup = make_setup(config, mesh)
-    step, state, records = compile_step(setup), start(setup), []
+    step, state = compile_step(setup), start(setup)
     initial = parameters(setup, state)
-    for number in range(config.steps):
-        state, metrics = step(state, packed_batch(setup, number))
-        records.append(jax.device_get(metrics))
-    metrics = {
-        name: np.array([record[name] for record in records], np.float64)
-        for name in records[0]
-    }
-    return Course(setup, step, initial, state, metrics)
+    batches = (packed_batch(setup, number) for number in range(config.steps))
+    state, metrics = train_on(step, state, batches)
+    return Trained(setup, step, initial, state, metrics)
 
 
 def packed_batch(setup: Setup, step: int) -> dict[str, jax.Array]:
@@ -75,8 +72,7 @@ def packed_batch(setup: Setup, step: int) -> dict[str, jax.Array]:
     data, num_words = setup.config.data, setup.config.model.vocab_size
     rng = np.random.default_rng(step)
     shape = (data.batch_size, data.sequence_length)
-    names = ("tokens", "targets", "segments", "positions")
-    batch = {name: np.zeros(shape, np.int32) for name in names}
+    batch = {name: np.zeros(shape, np.int32) for name in BATCH_NAMES}
     batch["targets"] -= 1
     for row in range(shape[0]):
         cuts = np.sort(rng.choice(np.arange(2, shape[1]), 5, replace=False))
@@ -95,19 +91,19 @@ def parameters(setup: Setup, state: TrainState) -> dict[str, np.ndarray]:
     return dict(zip(setup.leaf_paths, leaves, strict=True))
 
 
-def changed(one: Course, many: Course) -> list[str]:
+def changed(one: Trained, many: Trained) -> list[str]:
     """Returns the parameters whose first bits are not the same."""
     assert one.initial.keys() == many.initial.keys()
     pairs = ((path, one.initial[path], many.initial[path]) for path in one.initial)
     return [path for path, a, b in pairs if not np.array_equal(a, b)]
 
 
-def difference(one: Course, many: Course, name: str) -> np.ndarray:
+def difference(one: Trained, many: Trained, name: str) -> np.ndarray:
     """Returns how far a metric is from the other's at each step, relative to it."""
     return np.abs(many.metrics[name] / one.metrics[name] - 1)
 
 
-def check_equal(name: str, one: Course, many: Course) -> None:
+def check_equal(name: str, one: Trained, many: Trained) -> None:
     """Prints the largest differences; refuses those that roundings do not explain."""
     assert np.ptp(one.metrics["loss"]) > 0.1  # it learns: they could differ
     loss = difference(one, many, "loss")

@@ -16,7 +16,7 @@ from courses import (
     ROWS,
     STEPS,
     WORDS,
-    Course,
+    Trained,
     changed,
     check_equal,
     difference,
@@ -74,7 +74,7 @@ MESHES = {
 }
 
 
-def one_and_many(mesh: str) -> tuple[Course, Course]:
+def one_and_many(mesh: str) -> tuple[Trained, Trained]:
     """Returns what one device and a mesh with stages make of the same model."""
     config = override(CONFIG, MODELS["experts" if "expert" in mesh else "dense"])
     many = override(config, {"model.remat": "full"} | MESHES[mesh])
