@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes text with a run's model.
+"""Generates text with a run's model.
 
 python -m jaxllm.generate --workdir runs/x --prompt "def add(a, b):" [--prompt ...]
 """
@@ -42,7 +42,7 @@ def main(argv: list[str]):
 
 
 def _print_streams(prompts: Sequence[str], pieces: Iterator[tuple[int, str]]):
-    """Prints the first prompt's text as it is made, then the others' in their order."""
+    """Prints the first prompt's text as it is generated, then the others in order."""
     held = [""] * len(prompts)
     sys.stdout.write(prompts[0])
     for number, piece in pieces:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Says where the seconds of runs went, over all their restarts.
+"""Prints the time of runs by kind, over all their restarts.
 
 python -m jaxllm.ledger runs/x [runs/y ...]
 

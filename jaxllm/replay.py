@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Looks at one step of a run again: its batch, its losses by row, its norms by layer.
+"""Replays one step of a run: its batch, its losses by row, its norms by layer.
 
 python -m jaxllm.replay --workdir runs/x --step 1234 [--batch 1240]
 
-Begins from the newest save at or before that step, and does the steps between again. A
-batch that was left out is no step's: give its number too. Nothing is written.
+Starts from the newest checkpoint at or before that step, and trains the steps between.
+A batch that was left out belongs to no step: give its number too. Nothing is written.
 """
 
 import dataclasses
@@ -22,14 +22,14 @@ from jaxllm.checkpoint import Checkpoints
 from jaxllm.checkpoint.steps import CHECKPOINTS
 from jaxllm.cluster import agreement, membership
 from jaxllm.config import Config
-from jaxllm.data.batches import Batches, batch_of, load_batches
-from jaxllm.data.splits import check_vocab, data_fingerprint, open_splits
+from jaxllm.data.batches import Batches, batch_of
 from jaxllm.errors import InputError
 from jaxllm.inspect.diagnosis import Diagnosis, diagnose
 from jaxllm.plan.cost import choices
 from jaxllm.run.anomalies import Anomalies
+from jaxllm.run.data import open_train_data
 from jaxllm.run.saved_model import has_tokenizer, load_run_tokenizer
-from jaxllm.run.saves import Position, Positions
+from jaxllm.run.saves import Saved, Saves
 from jaxllm.step import Setup, compile_step, prepare
 from jaxllm.step.bounds import place_bounds
 
@@ -39,7 +39,7 @@ SHOWN_TOKENS = 24
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A row of a batch: where it is from, and how it begins."""
+    """A row of a batch: where it comes from, and its first tokens."""
 
     number: int
     loss: float
@@ -49,10 +49,11 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Replay:
-    """A step, as it was given to the devices.
+    """A step, as the devices were given it.
 
     Attributes:
-      rows: those of the largest losses, or of none, first.
+      saved_step: of the checkpoint that the replay started from.
+      rows: non-finite losses first, then the largest.
     """
 
     step: int
@@ -63,10 +64,13 @@ class Replay:
 
 
 def replay(workdir: Path, config: Config, step: int, batch: int | None) -> Replay:
-    """Does the steps from a save up to one again, and looks at that one.
+    """Trains from a checkpoint up to a step, and diagnoses that step.
 
     Args:
-      batch: to take instead of the step's own.
+      workdir: of the run.
+      config: of the run.
+      step: to diagnose.
+      batch: number of a batch to take instead of the step's own.
 
     Raises:
       InputError: the run has no such step, or other data.
@@ -77,43 +81,29 @@ def replay(workdir: Path, config: Config, step: int, batch: int | None) -> Repla
         )
     setup = prepare(config, sharding.make_mesh(config.mesh.sizes))
     choices(setup)  # refuses what this machine's devices cannot do
-    splits = open_splits(config.data, "train")
-    check_vocab(splits, config.model.vocab_size)
-    data = data_fingerprint(config.data, splits)
+    data = open_train_data(setup)
     with Checkpoints(workdir / CHECKPOINTS, config.checkpoint) as checkpoints:
-        positions = Positions(setup, checkpoints, data)
-        left_out = positions.left_out()
-        position = positions.up_to(step)
-
-    def batches(start: int, left_out: list[int]) -> Batches:
-        return load_batches(
-            config.data,
-            splits,
-            seed=config.seed,
-            sharding=setup.abstract_batch["tokens"].sharding,
-            start=start,
-            left_out=left_out,
-            vocab_size=config.model.vocab_size,
-        )
-
-    with batches(position.step, left_out) as stream:
-        params = _params_at(setup, position, stream, step)
+        saves = Saves(setup, checkpoints, data.fingerprint)
+        left_out = saves.left_out()
+        saved = saves.up_to(step)
+    with data.batches(saved.step, left_out) as batches:
+        params = _params_at(setup, saved, batches, step)
     number = batch_of(step, left_out) if batch is None else batch
-    with batches(number, []) as stream:
-        diagnosis = diagnose(setup, params, next(stream))
-        rows = list(_rows(workdir, config, stream, number, diagnosis))
-    return Replay(step, number, position.step, diagnosis, rows)
+    with data.batches(number) as batches:
+        diagnosis = diagnose(setup, params, next(batches))
+        rows = list(_rows(workdir, config, batches, number, diagnosis))
+    return Replay(step, number, saved.step, diagnosis, rows)
 
 
-def _params_at(setup: Setup, position: Position, batches: Batches, step: int):
+def _params_at(setup: Setup, saved: Saved, batches: Batches, step: int):
     """Returns the parameters before a step, which are those after the one before."""
-    state = position.state
-    if position.step == step:
+    state = saved.state
+    if saved.step == step:
         return state.params
     compiled = compile_step(setup)
     anomalies = Anomalies(setup.config.anomaly, setup.leaf_paths)
-    anomalies.go_to(position.anomalies)
-    for now in range(position.step, step):
+    anomalies.go_to(saved.anomalies)
+    for now in range(saved.step, step):
         bounds = []
         if setup.config.anomaly.policy == "skip":
             bounds.append(place_bounds(anomalies.bounds(now), setup.mesh))
@@ -126,7 +116,7 @@ def _params_at(setup: Setup, position: Position, batches: Batches, step: int):
 def _rows(
     workdir: Path, config: Config, batches: Batches, batch: int, diagnosis: Diagnosis
 ) -> Iterator[Row]:
-    """Yields the rows worth looking at: not finite, then the largest losses."""
+    """Yields the rows of non-finite losses, then of the largest ones."""
     losses = diagnosis.row_losses
     worth = np.where(np.isfinite(losses), losses, np.inf)
     tokenizer = load_run_tokenizer(workdir, None) if has_tokenizer(workdir) else None
@@ -142,7 +132,7 @@ def _rows(
 
 
 def describe(replayed: Replay) -> str:
-    """Returns a replay as text."""
+    """Returns a replay as lines of text."""
     found, diagnosis = replayed, replayed.diagnosis
     norm = math.sqrt(sum(np.square(g).sum() for g in diagnosis.gradients.values()))
     start = f"the save of step {found.saved_step}" if found.saved_step else "the start"

@@ -12,7 +12,6 @@ import logging
 import os
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any
 
 from absl import flags as absl_flags
 
@@ -24,15 +23,13 @@ from jaxllm.cluster.preemption import Preempted, stop_signals
 from jaxllm.config import Config
 from jaxllm.plan.cost import full_report
 from jaxllm.records.console import Console
+from jaxllm.records.metrics import Record
 from jaxllm.run.anomalies import Rewind
 from jaxllm.run.compilation_cache import use_compilation_cache
-from jaxllm.run.run import Run
 from jaxllm.run.startup import open_run
 from jaxllm.step import prepare
 
-Record = dict[str, Any]
-
-GOES_ON = "the same command goes on from there."
+RESUMES = "the same command resumes from there."
 
 
 def train(
@@ -44,15 +41,15 @@ def train(
     should_stop: Callable[[], bool] = lambda: False,
     phases: Phases | None = None,
 ) -> Generator[Record, None, None]:
-    """Trains to `config.steps`, from the newest save in workdir if there is one.
+    """Trains to `config.steps`, from the newest checkpoint in workdir if there is one.
 
-    Leaving the loop over its records early saves the run: it can be resumed.
+    A caller that leaves the loop over its records early leaves a checkpoint to resume.
 
     Args:
       config: all settings.
       workdir: the run's own directory.
       overwrite: delete the run in it first.
-      profile_steps: how many steps to take apart; see `jaxllm.inspect.profiler`.
+      profile_steps: number of steps to profile; see `jaxllm.inspect.profiler`.
       should_stop: asked before every step.
       phases: of this process, which may be older than the run; None begins them now.
 
@@ -61,51 +58,50 @@ def train(
 
     Raises:
       InputError, sharding.ShardingError: before anything is compiled or written.
-      Preempted: should_stop said so, and the state is saved.
+      Preempted: should_stop returned true, and the state is saved.
       FloatingPointError: a loss, gradient or update is not finite; none of it is saved.
     """
     phases = phases or Phases()
-    options: dict[str, Any] = dict(overwrite=overwrite, profile_steps=profile_steps)
-    with open_run(config, Path(workdir), phases, **options) as run:
-        while run is not None:
+    opened = open_run(
+        config,
+        Path(workdir),
+        phases,
+        overwrite=overwrite,
+        profile_steps=profile_steps,
+    )
+    with opened as run:
+        while run is not None:  # None: all steps are done
             try:
-                yield from _to_the_end(run, config, should_stop)
+                state = run.state
+                for step in range(run.num_updates, config.steps):
+                    stop = run.is_asked_to_stop(should_stop())
+                    if due(step, config.eval.every):
+                        yield from run.evaluate(step, state)
+                    if stop or due(step, config.checkpoint.every):
+                        yield from run.save(step, state)
+                    if stop:
+                        raise Preempted(step)
+                    # Only after the save: it holds state and data of one instant.
+                    batch = run.next_batch(step)
+                    with phases("step"):
+                        state, metrics = run.step(state, batch, *run.bounds(step))
+                    # One step late, so that the devices never wait for the host.
+                    yield from run.log(step, state, metrics)
+                if config.eval.every:
+                    yield from run.evaluate(config.steps, state)
+                yield from run.save(config.steps, state)
                 return
             except Rewind:
                 run.rewind()
 
 
-def _to_the_end(
-    run: Run, config: Config, should_stop: Callable[[], bool]
-) -> Generator[Record, None, None]:
-    """Trains from where the run stands; each step is a pure function of it."""
-    state = run.state
-    # The order below matters. Evaluating and saving see the state before the update,
-    # and the batch is taken after the save, so that a save holds parameters and data
-    # position of one instant. Metrics are read one step late, so that the devices never
-    # wait for the host.
-    for step in range(run.first_step, config.steps):
-        stop = run.is_asked_to_stop(should_stop())
-        if due(step, config.eval.every):
-            yield from run.evaluate(step, state)
-        if stop or due(step, config.checkpoint.every):
-            yield from run.save(step, state)
-        if stop:
-            raise Preempted(step)
-        state, metrics = run.update(step, state)
-        yield from run.log(step, metrics)
-    if config.eval.every:
-        yield from run.evaluate(config.steps, state)
-    yield from run.save(config.steps, state)
-
-
 def due(step: int, every: int) -> bool:
-    """Returns whether something done every so many steps is done before this one."""
+    """Returns whether an evaluation or a checkpoint is due before a step."""
     return every > 0 and step > 0 and step % every == 0
 
 
 def dry_run(config: Config) -> str:
-    """Returns the plan of a run: parameters, placement, bytes a device and FLOPs."""
+    """Returns the plan of a run: parameters, shardings, bytes a device and FLOPs."""
     setup = prepare(config, sharding.make_mesh(config.mesh.sizes))
     return full_report(setup)
 
@@ -132,15 +128,15 @@ def main(argv: list[str]) -> int:
             phases=phases,
         )
         try:
-            # Whatever ends the loop, the run is saved now: as the interpreter shuts
-            # down, it would be too late.
+            # Whatever ends the loop closes the run now: as the interpreter shuts down,
+            # it would be too late for a checkpoint.
             with contextlib.closing(records):
                 for record in records:
                     if agreement.is_lead():
                         console.show(record)
         except Preempted as stop:
             if agreement.is_lead():
-                console.say(f"stopped at step {stop}; {GOES_ON}")
+                console.say(f"stopped at step {stop}; {RESUMES}")
             return flags.RESUMABLE
     if agreement.is_lead():
         print(f"finished: {workdir}")
@@ -148,7 +144,7 @@ def main(argv: list[str]) -> int:
 
 
 def define_flags() -> None:
-    """Declares what the command takes; `main` reads it."""
+    """Defines the flags of the command."""
     flags.define_config_flags()
     absl_flags.DEFINE_bool(
         "dry_run", False, "print placement, memory and FLOPs, then stop"

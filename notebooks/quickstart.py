@@ -17,11 +17,10 @@ import matplotlib.pyplot as plt
 import sharding
 from jaxllm import tokenize
 from jaxllm.config import load_config
-from jaxllm.data.batches import load_batches
-from jaxllm.data.splits import open_splits
 from jaxllm.inference import Sampling, generate, load_for_generation
 from jaxllm.plan.cost import full_report
 from jaxllm.run.compilation_cache import use_compilation_cache
+from jaxllm.run.data import open_train_data
 from jaxllm.step import prepare
 from jaxllm.text.tokenizers import load_tokenizer
 from jaxllm.train import train
@@ -98,10 +97,7 @@ assert status == tokenize.FINISHED
 # Batch number 7 of this run, as every run with this data, config and seed sees it:
 
 # %%
-splits = open_splits(config.data, "train")
-with load_batches(
-    config.data, splits, seed=config.seed, sharding=None, start=7
-) as batches:
+with open_train_data(setup).batches(start=7) as batches:
     batch = next(batches)
 print({name: rows.shape for name, rows in batch.items()})
 print(load_tokenizer(str(DATA)).decode(batch["tokens"][0].tolist()))

@@ -164,10 +164,12 @@ def framework_loop(config: Config) -> Generator[None]:
         assert run is not None
         state = run.state
         for step in range(FOREVER):
-            state, metrics = run.update(step, state)
-            for _ in run.log(step, metrics):
+            batch = run.next_batch(step)
+            state, metrics = run.step(state, batch, *run.bounds(step))
+            for _ in run.log(step, state, metrics):
                 pass
-            yield
+            with run.transfers.lifted():
+                yield
 
 
 def main(argv: list[str]):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The saves of a run: the only package that knows Orbax."""
+"""The checkpoints of a run: the only package that imports Orbax."""
 
 from jaxllm.checkpoint.checkpoints import Checkpoints
 from jaxllm.checkpoint.reading import verify_step

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads the saves of runs and compares them with their checksums.
+"""Verifies the checkpoints of runs by their checksums.
 
 python -m jaxllm.checkpoint verify runs/x [runs/y ...]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saves and restores the training state and its data position, both or neither.
+"""Saves and restores the training state and the data position, both or neither.
 
 `<folder>/<step>/` holds `state/` (arrays), `data/`
 and, where given, `metrics/` (JSON); it appears at once, when all of it is written.
@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """The saved steps in one folder. Only `save` changes the folder."""
+    """The checkpoints in one folder. Only `save` changes the folder."""
 
     def __init__(self, folder: Path, config: CheckpointConfig):
         self._folder = Path(folder).absolute()
@@ -59,7 +59,7 @@ class Checkpoints:
             _log.error("%s", failure)  # and let the first error through
 
     def steps(self) -> list[int]:
-        """Returns the whole steps, ascending; warns once of each folder that is not."""
+        """Returns the complete steps, ascending; warns once of each other folder."""
         steps, faults = find_steps(self._folder)
         for path in faults.keys() - self._warned:
             _log.warning("%s %s; it is ignored.", path, faults[path])
@@ -67,11 +67,11 @@ class Checkpoints:
         return [step for step in steps if step not in self._damaged]
 
     def latest(self) -> int | None:
-        """Returns the newest whole step."""
+        """Returns the newest complete step."""
         return max(self.steps(), default=None)
 
     def best(self) -> int | None:
-        """Returns the step with the lowest finite eval loss, if any has one."""
+        """Returns the complete step of the lowest finite eval loss, if any has one."""
         return _best({step: self._eval_loss(step) for step in self.steps()})
 
     def save(
@@ -84,9 +84,9 @@ class Checkpoints:
     ) -> None:
         """Starts to save `state` and `data`; both may change as soon as this returns.
 
-        Retention happens once the step is whole. A step that is saved already is left
-        as it is. Raises CheckpointError, also for the save before, which may have been
-        under way until now; what was saved earlier is then untouched.
+        Old steps are removed once this one is complete. A step that is saved already
+        is left as it is. Raises CheckpointError, also for the save before, which may
+        have been under way until now; what was saved earlier is then untouched.
         """
         self.wait()
         saved = self.steps()
@@ -112,9 +112,9 @@ class Checkpoints:
         self._pending = (step, response)
 
     def _check_home(self, step: int) -> None:
-        """Raises CheckpointError if the run's folder has gone, with its disk perhaps.
+        """Raises CheckpointError if the run's folder has vanished, as with its disk.
 
-        Orbax would make another one in its place, where nobody looks for it.
+        Orbax would create another one in its place, where nobody looks for it.
         """
         home = self._folder.parent
         if self._home is not None and _inode(home) != self._home:
@@ -151,10 +151,10 @@ class Checkpoints:
         return read_step(self._whole(step), abstract_state)
 
     def restore_newest(self, abstract_state: Any) -> tuple[int, Any, dict[str, Any]]:
-        """Returns the newest step that is as it was saved, its state and its data.
+        """Returns the newest undamaged step, its state and its data.
 
-        One that is not is left out from now on, with a warning; the next save renames
-        it. Raises CheckpointError if no step can be read: nothing is begun anew.
+        A damaged one is ignored from now on, with a warning; the next save renames it.
+        Raises CheckpointError if no step can be read: the run does not start anew.
         """
         errors = []
         for step in reversed(self.steps()):
@@ -233,7 +233,7 @@ class Checkpoints:
 
 
 class _KeepBest:
-    """Retention rule of Orbax: keep what `Checkpoints.best` returns."""
+    """Retention policy of Orbax: keep what `Checkpoints.best` returns."""
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         del context

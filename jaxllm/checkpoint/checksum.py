@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checksums of arrays, the same on every mesh: made on the devices, before a save.
+"""Checksums of arrays, the same on every mesh, computed on the devices.
 
 A flipped bit on the way to the disk, on it or back changes the sum. They are sums
 modulo 2**32 of hashed elements, so no order of additions matters and each device adds

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads one saved step, and compares it with the checksums that it was saved with."""
+"""Restores one checkpoint, and compares it with its checksums."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ _DATA = "data"  # the entry of data.json itself
 
 
 def with_checksums(state: Any, data: dict[str, Any]) -> dict[str, Any]:
-    """Returns data as it is saved: with the checksums of the state and of itself."""
+    """Returns data with the checksums of the state and of itself."""
     return {**data, _CHECKSUMS: {**checksums(state), _DATA: json_checksum(data)}}
 
 
@@ -30,7 +30,7 @@ def read_step(folder: Path, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
 
     Raises:
       InputError: abstract_state has other arrays.
-      CheckpointError: it cannot be read, or is not what was saved.
+      CheckpointError: it cannot be read, or is damaged.
     """
     _check_fit(folder, abstract_state)
     data, saved = _read_data(folder)

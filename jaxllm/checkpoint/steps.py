@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which folders of a run's checkpoints are whole steps, told without Orbax.
+"""Which folders of a run are complete checkpoints, told without Orbax.
 
 A step is `<folder>/<step>/`. It is written beside its place and renamed into it, but
 Orbax takes any folder with a number for a name as a step: an empty one, one of which a
@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 
 def find_steps(folder: Path) -> tuple[list[int], dict[Path, str]]:
-    """Returns the whole steps, ascending, and what is wrong with each other folder."""
+    """Returns the complete steps, ascending, and the fault of each other folder."""
     whole, faults = [], {}
     for path in _list(folder):
         if path.name.endswith(_UNFINISHED):

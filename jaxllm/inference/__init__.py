@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens and text out of a model."""
+"""Generation of tokens and text."""
 
 from jaxllm.inference.generation import generate, load_for_generation
 from jaxllm.inference.sampling import Sampling

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text from a run's model, as it is made."""
+"""Text from a run's model, streamed as it is generated."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,10 +26,10 @@ def generate(
     max_tokens: int,
     sampling: Sampling,
 ) -> Iterator[tuple[int, str]]:
-    """Yields (number of the prompt, next piece of its text) as they are made.
+    """Yields (number of the prompt, next piece of its text) as they are generated.
 
-    A prompt ends at the end of a document, or after max_tokens. An empty prompt begins
-    a new document.
+    The text of a prompt ends with its document, or after max_tokens. An empty prompt
+    begins a new document.
     """
     start = tokenizer.end_of_document
     ids = [
@@ -61,7 +61,10 @@ def load_for_generation(
     """Returns a run's model, its saved parameters and the mesh they are on.
 
     Args:
-      num_devices: devices over which heads, MLP and vocabulary are cut.
+      workdir: of the run.
+      config: of the run.
+      which: the checkpoint to load.
+      num_devices: devices over which heads, MLP and vocabulary are sharded.
     """
     if not 1 <= num_devices <= len(jax.devices()):
         raise InputError(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens from a model: a KV cache, one compiled step a token, how one is drawn."""
+"""Sampling of tokens: a KV cache, and one compiled step a token."""
 
 import dataclasses
 import functools
@@ -17,12 +17,12 @@ from jaxllm.models import Model, make_cache
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is drawn from the logits."""
+    """How the next token is sampled from the logits."""
 
     temperature: float = 1.0  # divides the logits; 0 takes the likeliest token
-    top_k: int = 0  # draw from the k likeliest tokens only; 0 is all
-    top_p: float = 1.0  # draw from the fewest tokens that hold this probability
-    seed: int = 0  # of the draws
+    top_k: int = 0  # sample from the k likeliest tokens only; 0 is all
+    top_p: float = 1.0  # sample from the fewest tokens of this probability
+    seed: int = 0  # of the random numbers
 
     def __post_init__(self):
         if not 0 <= self.temperature < float("inf"):
@@ -49,11 +49,15 @@ def sample_tokens(
 ) -> Iterator[list[int | None]]:
     """Yields for each new position the token of every prompt; None where it has ended.
 
-    A prompt's text does not depend on the other prompts. Runs under `jax.set_mesh` on
-    that mesh, otherwise on one device.
+    The tokens of a prompt do not depend on the other prompts. Runs on the mesh of
+    `jax.set_mesh`, or on one device without one.
 
     Args:
+      model: without parameters.
+      params: placed on the mesh.
       prompts: token ids, at least one each.
+      max_tokens: largest number of new tokens, per prompt.
+      sampling: how each is sampled.
       end_of_document: the token after which a prompt has ended; it is not yielded.
 
     Raises:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run writes down and shows: metrics, the ledger of its time, the console."""
+"""Records of a run: its metrics, the ledger of its time, its console."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run says: a progress bar on a terminal, plain lines elsewhere."""
+"""The console of a run: a progress bar on a terminal, plain lines elsewhere."""
 
 import datetime
 import logging
@@ -24,7 +24,7 @@ _SHOWN = {  # of a logged step, in this order
 
 
 class Console:
-    """Shows logged steps; a context manager, for the bar to be taken down again.
+    """Shows logged steps; a context manager that removes its progress bar at the end.
 
     Args:
       num_steps: the steps of the whole run.
@@ -61,7 +61,7 @@ class Console:
             self._progress.stop()
 
     def show(self, record: Mapping[str, float]) -> None:
-        """Shows a line of metrics: `step` and what there is of the rest."""
+        """Shows a record as a line: `step` and the metrics it has."""
         step, text = int(record["step"]), describe(record)
         name = f"step {step}/{self._num_steps}"
         if "eval_loss" in record:
@@ -76,14 +76,14 @@ class Console:
             )
 
     def say(self, text: str) -> None:
-        """Prints a line as it is, above the bar if there is one."""
+        """Prints a line unchanged, above the progress bar if there is one."""
         if self._progress is None:
             print(text, file=self._file, flush=True)
         else:
             self._progress.console.print(text, markup=False, soft_wrap=True)
 
     def take_logs(self, level: int = logging.INFO) -> None:
-        """Shows what the library logs: ours from a level on, warnings of others."""
+        """Shows log messages: ours of a level and above, warnings of others."""
         handler = _ConsoleHandler(self)
         handler.setFormatter(logging.Formatter("%(message)s"))
         handler.addFilter(

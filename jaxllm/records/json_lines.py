@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of one JSON object a line, to which a run adds whole lines, one write each."""
+"""JSON Lines files, to which a run appends whole lines, one write each."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ Append = Callable[[Mapping[str, Any]], None]
 
 
 def open_jsonlines(path: Path, opened: contextlib.ExitStack) -> Append:
-    """Opens a file, or makes it; returns what adds a line and writes it at once.
+    """Opens or creates a file; returns a function that appends a line at once.
 
     Raises:
       OSError: with the file's name, also from what is returned.
@@ -35,7 +35,7 @@ def open_jsonlines(path: Path, opened: contextlib.ExitStack) -> Append:
 
 
 def read_jsonlines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the objects of a file, without those that a kill or a full disk cut."""
+    """Yields the objects of a file, without truncated lines of a kill or full disk."""
     if not path.exists():
         return
     with path.open("rb") as file:

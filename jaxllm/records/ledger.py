@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the seconds of a run went, from its first start to now, over all restarts.
+"""The time of a run by kind, from its first start to now, over all restarts.
 
 A life is one process, from a start to its end, however it ends. `ledger.jsonl` has
 lines of the seconds that a life has spent in each phase until then, and of the updates
@@ -56,7 +56,7 @@ class Account:
 
     @property
     def goodput(self) -> float:
-        """The part of all time in which steps ran that still count."""
+        """The share of the time spent in steps that were not lost."""
         return self.seconds["step"] / self.total_s if self.total_s else 0.0
 
     def add(self, line: Mapping[str, Any]) -> None:
@@ -77,7 +77,7 @@ class Account:
         self._spent, self._time_s = spent, line["time"]
 
     def _lose_after(self, step: int) -> None:
-        """Calls lost what led beyond a step to which the run has gone back."""
+        """Counts the work beyond a step, to which the run has rewound, as lost."""
         while self._work and self._work[-1][0] > step:
             for kind, seconds in self._work.pop()[1].items():
                 self.seconds[kind] -= seconds
@@ -106,7 +106,7 @@ def read_ledger(workdir: Path) -> Account:
 
 
 class Ledger:
-    """Writes what a life spends, each time a phase ends, but not too often.
+    """Writes the seconds of a life as phases end, but not too often.
 
     A line comes after 0.5 % of the life's time, and a minute at most: what a kill
     leaves without one counts as idle.
@@ -149,7 +149,7 @@ class Ledger:
             self._resources.close()
 
     def begin(self, step: int) -> None:
-        """Begins the account of this life, with what it has spent before."""
+        """Begins the account of this life, with the seconds spent before."""
         self._phases.step = step
         self._append = lambda line: None
         if self._workdir is not None:
@@ -162,7 +162,7 @@ class Ledger:
         self._phases.listen(lambda phase: self._write_if_due())
 
     def write(self) -> None:
-        """Writes a line now: where the run is saved, or goes back to a save."""
+        """Writes a line now: at a checkpoint, or a rewind to one."""
         assert self._append is not None, "`begin` comes first"
         self._written = self._phases.seconds()
         age_s = sum(self._written.values())
@@ -176,7 +176,7 @@ class Ledger:
         self._account.add(line)
 
     def goodput(self) -> float:
-        """Returns that of the run until now."""
+        """Returns the goodput of the run until now."""
         seconds = self._phases.seconds()
         since = {name: seconds[name] - self._written[name] for name in seconds}
         total_s = self._account.total_s + sum(since.values())

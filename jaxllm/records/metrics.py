@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers of a run: read from the device one step late, written where users look.
+"""Metrics of a run, written to metrics.jsonl, TensorBoard and Weights & Biases.
 
 `metrics.jsonl` is the source of truth: one JSON object a line, in the order of steps,
 each flushed as it is written. JSON has no NaN and no infinity: both are null there.
@@ -33,55 +33,12 @@ OF_THE_CLOCK = frozenset(
 )
 _log = logging.getLogger(__name__)
 
+Record = dict[str, Any]  # a step and what is known of it
 Log = Callable[[int, Mapping[str, float]], None]  # step, scalars
 
 # Protobuf makes their classes at import, where no type checker sees them.
 _event: Any = event_pb2
 _summary: Any = summary_pb2
-
-
-class LateMetrics:
-    """Holds a step's metrics until the next one runs, so that reading does not wait."""
-
-    def __init__(self):
-        self._waiting: tuple[int, Any, float, dict[str, float]] | None = None
-        self._read_at_s = -math.inf
-
-    def push(
-        self, step: int, metrics: Any, *, began_at_s: float, **host: float
-    ) -> dict[str, Any] | None:
-        """Takes the metrics of the step just started; returns those of the one before.
-
-        Args:
-          step: the step just started.
-          metrics: dict of arrays on the device.
-          began_at_s: `time.perf_counter()` before the batch of this step was asked for.
-          host: further numbers of this step.
-
-        Returns:
-          `step`, the metrics (scalars as float, others as np.ndarray), `host` and
-          `step_s`: from the read before, or the beginning if that was later. None if
-          nothing was waiting.
-        """
-        before = self.flush()
-        self._waiting = (step, metrics, began_at_s, host)
-        return before
-
-    def flush(self) -> dict[str, Any] | None:
-        """Waits for the step pushed last, and returns its metrics as `push` does.
-
-        Call it before an evaluation or a save: their time is then not in `step_s`, and
-        no line of metrics is lost if the run dies after the save.
-        """
-        if self._waiting is None:
-            return None
-        (step, metrics, began_at_s, host), self._waiting = self._waiting, None
-        arrays = jax.device_get(metrics)  # explicit: the transfer guard allows it
-        now_s = time.perf_counter()
-        step_s = now_s - max(began_at_s, self._read_at_s)
-        self._read_at_s = now_s
-        values = {k: v if v.ndim else float(v) for k, v in arrays.items()}
-        return {"step": step, **values, **host, "step_s": step_s}
 
 
 class MetricsWriter:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run, on the host: opened, resumed, evaluated, saved."""
+"""A run on the host: opening, resuming, evaluation, checkpoints."""

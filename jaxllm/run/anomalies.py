@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steps whose loss or gradient is not finite, or far above the usual, and what follows.
+"""Anomalies: steps with a non-finite loss or gradient, or a spike, and the policy.
 
-Everything here is a function of the numbers of the steps so far, in their order, and is
-saved with the state: a resumed run judges as one that was never stopped.
+Everything here is a function of the metrics of the steps so far, in their order, and is
+saved with the state: a resumed run judges as an uninterrupted one.
 """
 
 import dataclasses
@@ -24,12 +24,12 @@ Bounds = tuple[float, ...]  # in the order of NAMES
 
 
 class Rewind(Exception):
-    """The run goes back to a save, and leaves the batch of a step out."""
+    """The run restores a checkpoint, and leaves out the batch of a step."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Anomaly:
-    """A step that is not as it should be, and what is to be done about it."""
+    """An anomalous step, and the action that the policy asks for."""
 
     step: int
     batch: int  # its number in the data
@@ -39,14 +39,14 @@ class Anomaly:
     def __str__(self) -> str:
         done = {
             "stop": "the run stops",
-            "skip": "its update has no effect",
-            "rewind": f"the run goes back, and leaves batch {self.batch} out",
+            "skip": "its update is skipped",
+            "rewind": f"the run rewinds, and leaves batch {self.batch} out",
         }
         return f"{self.what}; {done[self.action]}. {self.advice}"
 
     @property
     def advice(self) -> str:
-        """Says how to look at it."""
+        """The command that replays the step."""
         return (
             f"`python -m jaxllm.replay --step {self.step} --batch {self.batch}` with "
             "the same --workdir shows its rows and layers."
@@ -54,10 +54,10 @@ class Anomaly:
 
 
 class Anomalies:
-    """Judges step after step.
+    """Judges the metrics of each step.
 
     Attributes:
-      left_out: numbers of the batches that are never used, ascending.
+      left_out: numbers of the batches that are left out, ascending.
     """
 
     def __init__(self, config: AnomalyConfig, leaf_paths: Sequence[str]):
@@ -72,7 +72,7 @@ class Anomalies:
         return sorted(batch for _, batch in self._left_out)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns what is to be saved with the state of the steps judged so far."""
+        """Returns the steps judged so far, to be saved with the state."""
         return {
             "sound": self._sound,
             "skipped": self._skipped,
@@ -80,10 +80,10 @@ class Anomalies:
         }
 
     def go_to(self, saved: Mapping[str, Any]) -> None:
-        """Forgets the steps that a save does not know, but no batch that is left out.
+        """Restores the steps of a checkpoint, and keeps the batches left out since.
 
         Args:
-          saved: what `to_json` gave; {} is the beginning of a run.
+          saved: from `to_json`; {} before any step.
         """
         self._sound = list(saved["sound"]) if saved else []
         self._skipped = list(saved["skipped"]) if saved else []
@@ -91,10 +91,10 @@ class Anomalies:
         self._left_out += [each for each in known if each not in self._left_out]
 
     def bounds(self, step: int) -> Bounds:
-        """Returns what the values of a step must not exceed, as float32.
+        """Returns the largest values of a step that are no spike, as float32.
 
-        They follow from the steps up to the one before the last, since the last one's
-        numbers are not known yet when this one is given to the devices.
+        By the steps up to the one before the last: metrics are read one step late, so
+        those of the last are unknown when this step starts.
         """
         known = [values for at, *values in self._sound if at <= step - 2][-WINDOW:]
         factor = self._config.spike_factor
@@ -104,10 +104,10 @@ class Anomalies:
         return tuple(float(np.float32(factor * median)) for median in medians)
 
     def judge(self, values: Mapping[str, Any], batch: int) -> Anomaly | None:
-        """Takes the metrics of the next step; returns what is wrong with it, if so.
+        """Takes the metrics of the next step; returns its anomaly, if it is one.
 
         Args:
-          values: of the step, and its number, `step`.
+          values: metrics of the step, and its number, `step`.
           batch: the number of its batch.
         """
         step = values["step"]
@@ -131,7 +131,7 @@ class Anomalies:
         return Anomaly(step, batch, what, action)
 
     def metrics(self, since: int) -> dict[str, float]:
-        """Returns how much was left out: from a step on, and since the run began."""
+        """Returns the number of steps skipped, since a step and in all, or left out."""
         match self._config.policy:
             case "skip":
                 recent = sum(step >= since for step in self._skipped)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a run stands, as it is saved and gone on from: never with a bad number."""
+"""Saves and restores the state of a run; a non-finite state is never saved."""
 
 import dataclasses
 import logging
@@ -18,8 +18,8 @@ _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class Position:
-    """A state, and what of the host's decides how it goes on."""
+class Saved:
+    """All that a run is resumed from."""
 
     step: int  # updates done
     state: TrainState
@@ -27,73 +27,78 @@ class Position:
 
 
 @dataclasses.dataclass(frozen=True)
-class Positions:
-    """The positions of a run that are saved, and its beginning."""
+class Saves:
+    """Saves and restores the state of a run; a non-finite state is never saved."""
 
     setup: Setup
     checkpoints: Checkpoints
-    data: dict[str, Any]  # what makes the batches, saved with each
+    data: dict[str, Any]  # fingerprint of the training data, in each checkpoint
 
-    def newest(self) -> Position:
-        """Returns the newest intact save, or the beginning if nothing is saved.
+    def newest(self) -> Saved:
+        """Returns the newest intact checkpoint, or the initial state without any.
 
         Raises:
-          InputError: the save has other batches than this run would have.
-          CheckpointError: there are saves, and none can be read.
+          InputError: the checkpoint has other batches than this run would have.
+          CheckpointError: there are checkpoints, and none can be read.
         """
         self.checkpoints.wait()
         if not self.checkpoints.steps():
-            return Position(0, init_state(self.setup), {})
+            return Saved(0, init_state(self.setup), {})
         began_at_s = time.perf_counter()
         step, state, saved = self.checkpoints.restore_newest(self.setup.abstract_state)
-        position = self._read(step, state, saved)
+        found = self._read(step, state, saved)
         seconds = time.perf_counter() - began_at_s
         _log.info("resuming from step %d (read in %.1f s)", step, seconds)
-        return position
+        return found
 
-    def up_to(self, step: int) -> Position:
-        """Returns the newest save of at most a step, or the beginning."""
+    def up_to(self, step: int) -> Saved:
+        """Returns the newest checkpoint of at most a step, or the initial state."""
         steps = [saved for saved in self.checkpoints.steps() if saved <= step]
         if not steps:
-            return Position(0, init_state(self.setup), {})
+            return Saved(0, init_state(self.setup), {})
         abstract = self.setup.abstract_state
         return self._read(steps[-1], *self.checkpoints.restore(steps[-1], abstract))
 
     def left_out(self) -> list[int]:
-        """Returns which batches no step of the run has, as its newest save says."""
+        """Returns the batches that the newest checkpoint says are left out."""
         steps = self.checkpoints.steps()
         saved = self.checkpoints.data(steps[-1]) if steps else {}
         pairs = saved["anomalies"]["left_out"] if "anomalies" in saved else []
         return sorted(batch for _, batch in pairs)
 
-    def _read(self, step: int, state: TrainState, saved: Mapping[str, Any]) -> Position:
+    def _read(self, step: int, state: TrainState, saved: Mapping[str, Any]) -> Saved:
         if change := describe_change(saved["batches"], self.data):
             raise InputError(change)
         anomalies = saved["anomalies"] if "anomalies" in saved else {}
-        return Position(step, state, anomalies)
+        return Saved(step, state, anomalies)
 
     def save(
         self,
-        position: Position,
+        saved: Saved,
         check: jax.stages.Compiled,
         *,
         metrics: Mapping[str, float] | None,
     ) -> None:
-        """Starts to save a position.
+        """Starts to write a checkpoint.
+
+        Args:
+          saved: what to write.
+          check: from `compile_check`.
+          metrics: of an evaluation of this state, if there was one.
 
         Raises:
-          FloatingPointError: its state is not finite; it is not saved.
+          FloatingPointError: the state is not finite; nothing is written.
         """
-        self._check_finite(position, check)
+        self._check_finite(saved, check)
         data = {
-            "next_step": position.step,
+            "next_step": saved.step,
             "batches": self.data,
-            "anomalies": position.anomalies,
+            "anomalies": saved.anomalies,
         }
-        self.checkpoints.save(position.step, position.state, data, metrics=metrics)
+        self.checkpoints.save(saved.step, saved.state, data, metrics=metrics)
 
-    def stopped(self, why: str, advice: str = "") -> FloatingPointError:
-        """Returns the error of a run that must not go on from where it is."""
+    def stop_error(self, why: str, advice: str = "") -> FloatingPointError:
+        """Returns the error of a run whose newest state must not be saved."""
         saved = self.checkpoints.latest()
         return FloatingPointError(
             f"{why}. That update is not saved; the newest save is "
@@ -102,14 +107,14 @@ class Positions:
             f"command again. {advice}".rstrip()
         )
 
-    def _check_finite(self, position: Position, check: jax.stages.Compiled) -> None:
-        finite = jax.device_get(check(position.state)).tolist()
+    def _check_finite(self, saved: Saved, check: jax.stages.Compiled) -> None:
+        finite = jax.device_get(check(saved.state)).tolist()
         leaves = jax.tree.leaves_with_path(self.setup.abstract_state)
         bad = [path for (path, _), ok in zip(leaves, finite, strict=True) if not ok]
         if bad:
             name = jax.tree_util.keystr(bad[0], simple=True, separator="/")
-            raise self.stopped(
-                f"step {position.step - 1}: its loss and gradient are finite, but "
+            raise self.stop_error(
+                f"step {saved.step - 1}: its loss and gradient are finite, but "
                 f"{len(bad)} of {len(leaves)} arrays after its update are not, first "
                 f"{name}"
             )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens before the first step: all is checked, claimed, restored, compiled."""
+"""What happens before the first step: check, claim, resume, compile."""
 
 import contextlib
 import functools
@@ -18,32 +18,22 @@ from jaxllm.cluster.phases import Phases
 from jaxllm.cluster.stragglers import Stragglers
 from jaxllm.config import Config
 from jaxllm.config.saved import write_config
-from jaxllm.data.batches import Batches, load_batches
-from jaxllm.data.formats import TokenSplit
-from jaxllm.data.splits import (
-    check_vocab,
-    data_fingerprint,
-    open_splits,
-)
 from jaxllm.errors import InputError
 from jaxllm.inspect.profiler import FOLDER, SKIPPED, TRACEABLE, Profiler
+from jaxllm.plan import budget
 from jaxllm.plan.cost import choices, cost_report
 from jaxllm.plan.kernels import check_kernels
+from jaxllm.records.interval import Interval
 from jaxllm.records.ledger import Ledger
 from jaxllm.records.metrics import MetricsWriter, check_loggers
 from jaxllm.run.anomalies import Anomalies
-from jaxllm.run.evaluation import held_out
-from jaxllm.run.run import Run
+from jaxllm.run.data import TrainData, open_eval_batches, open_train_data
+from jaxllm.run.run import Run, Streams
 from jaxllm.run.saved_model import save_tokenizer
-from jaxllm.run.saves import Positions
+from jaxllm.run.saves import Saved, Saves
+from jaxllm.run.transfers import ExplicitTransfers
 from jaxllm.run.workdir import claim
-from jaxllm.step import (
-    Setup,
-    compile_check,
-    compile_eval,
-    compile_step,
-    prepare,
-)
+from jaxllm.step import Setup, compile_check, compile_eval, compile_step, prepare
 
 Compiled = jax.stages.Compiled
 _log = logging.getLogger(__name__)
@@ -60,123 +50,125 @@ def open_run(
 ) -> Iterator[Run | None]:
     """Opens everything that a run needs; yields None if it has finished already.
 
-    Whoever leaves early, by leaving the loop or with Ctrl-C, leaves a saved run.
+    Within, implicit transfers are refused. A caller that leaves early, by leaving the
+    loop or with Ctrl-C, leaves a checkpoint to resume.
 
     Raises:
       InputError, sharding.ShardingError: before anything is compiled or written.
       KernelMismatch: a kernel gives wrong numbers on this machine.
     """
-    mesh = sharding.make_mesh(config.mesh.sizes)
-    setup = prepare(config, mesh)
-    report = f"{describe()}\n{cost_report(setup)}\n{choices(setup)}"
-    check_loggers(config.logging)
-    splits = _open_data(setup)
-    data = data_fingerprint(config.data, splits)
+    setup, data, report = _check(config)
     with contextlib.ExitStack() as stack:
-        _claim(workdir, config, stack, overwrite=overwrite)
+        own = claim(workdir, config, overwrite=overwrite)
+        on_lead(lambda: stack.enter_context(own))
         ledger = stack.enter_context(Ledger(workdir if is_lead() else None, phases))
         checkpoints = Checkpoints(workdir / CHECKPOINTS, config.checkpoint)
         stack.enter_context(checkpoints)
         stack.callback(phases.begin, "save")  # closing waits for the one under way
-        first_step = of_lead(checkpoints.latest() or 0)
-        if first_step == config.steps:
+        num_saved = of_lead(checkpoints.latest() or 0)
+        if num_saved == config.steps:
             _log.info("%s has finished its %d steps.", workdir, config.steps)
             yield None
             return
         _log.info("%s", report)
         if config.kernels.self_check:
-            check_kernels(config, mesh)
-        _check_steps(config, first_step, profile_steps)
-        positions = Positions(setup, checkpoints, data)
+            check_kernels(config, setup.mesh)
+        _check_steps(config, num_saved, profile_steps)
+        saves = Saves(setup, checkpoints, data.fingerprint)
         with phases("restore" if checkpoints.steps() else "start"):
-            position = positions.newest()
-        ledger.begin(position.step)
+            saved = saves.newest()
+        ledger.begin(saved.step)
         on_lead(lambda: _describe_run(workdir, config))
-        anomalies = Anomalies(config.anomaly, setup.leaf_paths)
-        anomalies.go_to(position.anomalies)
-        reopen = functools.partial(_open_streams, setup, splits, workdir)
-        writer, batches = reopen(position.step, anomalies.left_out)
-        stack.callback(writer.close)
-        stack.callback(batches.close)
-        with phases("compile"):
-            step, eval_step, check = _compile(setup, profile_steps)
-        run = Run(
-            setup=setup,
-            positions=positions,
-            anomalies=anomalies,
-            reopen=reopen,
-            writer=writer,
-            batches=batches,
-            step=step,
-            eval_step=eval_step,
-            check=check,
-            poll=Poll(setup.mesh),
-            stragglers=stack.enter_context(Stragglers(setup.mesh)),
-            phases=phases,
-            ledger=ledger,
-            profiler=_profiler(workdir, step, phases, position.step, profile_steps),
-            first_step=position.step,
-            state=position.state,
-        )
+        run = _assemble(data, saves, saved, ledger, phases, workdir, profile_steps)
+        stack.enter_context(run.stragglers)
         stack.callback(run.close)
         phases.begin("other")
-        try:
-            yield run
-        except (GeneratorExit, KeyboardInterrupt):
-            run.save_newest()
-            raise
+        with run.transfers:
+            try:
+                yield run
+            except (GeneratorExit, KeyboardInterrupt):
+                run.save_newest()
+                raise
 
 
-def _claim(
-    workdir: Path, config: Config, stack: contextlib.ExitStack, *, overwrite: bool
-):
-    on_lead(lambda: stack.enter_context(claim(workdir, config, overwrite=overwrite)))
+def _check(config: Config) -> tuple[Setup, TrainData, str]:
+    """Returns the plan of a run, its tokens, and what is said of both at its start.
+
+    All that the run will read is opened: what is wrong is refused now, not in an hour.
+    """
+    setup = prepare(config, sharding.make_mesh(config.mesh.sizes))
+    report = f"{describe()}\n{cost_report(setup)}\n{choices(setup)}"
+    check_loggers(config.logging)
+    data = open_train_data(setup)
+    if config.eval.every:
+        open_eval_batches(setup).close()
+    return setup, data, report
 
 
-def _profiler(
-    workdir: Path, step: Compiled, phases: Phases, first_step: int, number: int
-) -> Profiler:
-    folder = workdir / FOLDER if is_lead() else None
-    return Profiler(folder, step, phases, first=first_step + SKIPPED, number=number)
+def _assemble(
+    data: TrainData,
+    saves: Saves,
+    saved: Saved,
+    ledger: Ledger,
+    phases: Phases,
+    workdir: Path,
+    profile_steps: int,
+) -> Run:
+    """Returns the resources of the loop, which starts from a checkpoint."""
+    setup = data.setup
+    anomalies = Anomalies(setup.config.anomaly, setup.leaf_paths)
+    anomalies.go_to(saved.anomalies)
+    with phases("compile"):
+        step, eval_step, check = _compile(setup, profile_steps)
+    profiler = Profiler(
+        workdir / FOLDER if is_lead() else None,
+        step,
+        phases,
+        first=saved.step + SKIPPED,
+        number=profile_steps,
+    )
+    open_streams = functools.partial(_open_streams, data, workdir)
+    return Run(
+        setup=setup,
+        saves=saves,
+        anomalies=anomalies,
+        step=step,
+        eval_step=eval_step,
+        check=check,
+        transfers=ExplicitTransfers(),
+        poll=Poll(setup.mesh),
+        stragglers=Stragglers(setup.mesh),
+        phases=phases,
+        ledger=ledger,
+        profiler=profiler,
+        num_updates=saved.step,
+        state=saved.state,
+        open_streams=open_streams,
+        streams=open_streams(saved.step, anomalies.left_out),
+    )
+
+
+def _open_streams(
+    data: TrainData, workdir: Path, step: int, left_out: Sequence[int]
+) -> Streams:
+    setup, config = data.setup, data.setup.config
+    length = config.data.sequence_length
+
+    def mfu(tokens_per_s: float) -> float | None:
+        kind = setup.mesh.devices.flat[0].device_kind
+        size = setup.mesh.size
+        return budget.mfu(config.model, length, tokens_per_s, kind, size)
+
+    writer = MetricsWriter(
+        workdir, config.logging, run_name=workdir.name, resume_step=step
+    )
+    interval = Interval(config.data.batch_size * length, mfu)
+    return Streams(data.batches(step, left_out), writer, interval)
 
 
 def _describe_run(workdir: Path, config: Config):
     write_config(workdir, config)
     save_tokenizer(config.data.paths, workdir)
-
-
-def _open_data(setup: Setup) -> Sequence[TokenSplit]:
-    """Returns the tokens of a run, after checking all that it will read."""
-    config = setup.config
-    splits = open_splits(config.data, "train")
-    check_vocab(splits, config.model.vocab_size)
-    if config.eval.every:
-        held_out(setup).close()  # refuses what is wrong with it now, not in an hour
-    return splits
-
-
-def _open_streams(
-    setup: Setup,
-    splits: Sequence[TokenSplit],
-    workdir: Path,
-    step: int,
-    left_out: Sequence[int],
-) -> tuple[MetricsWriter, Batches]:
-    """Opens where numbers go and where batches come from, from a step on."""
-    config = setup.config
-    writer = MetricsWriter(
-        workdir, config.logging, run_name=workdir.name, resume_step=step
-    )
-    batches = load_batches(
-        config.data,
-        splits,
-        seed=config.seed,
-        sharding=setup.abstract_batch["tokens"].sharding,
-        start=step,
-        left_out=left_out,
-        vocab_size=config.model.vocab_size,
-    )
-    return writer, batches
 
 
 def _check_steps(config: Config, saved: int, profile_steps: int):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The directory of a run: whose it is, what may change in it, and who is using it."""
+"""The directory of a run: its owner, its lock, and which settings may change."""
 
 import contextlib
 import dataclasses
@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def claim(workdir: Path, config: Config, *, overwrite: bool) -> Iterator[None]:
-    """Holds a run's directory for this process, after comparing its config.json.
+    """Locks a run's directory for this process, after comparing its config.json.
 
     Raises:
       InputError: the directory cannot be written, belongs to something else, is in use,

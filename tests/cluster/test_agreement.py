@@ -8,16 +8,16 @@ from jaxllm.checkpoint import find_steps
 
 ASKS_PROCESS_ONE = """
 import os, signal
-from jaxllm.run import Run
+from jaxllm.run.run import Run
 
-update = Run.update
+next_batch = Run.next_batch
 
-def update_asked(self, step, state):
+def next_batch_asked(self, step):
     if step == 5 and os.environ["JAXLLM_PROCESS_ID"] == "1":  # it does not lead
         os.kill(os.getpid(), signal.SIGTERM)
-    return update(self, step, state)
+    return next_batch(self, step)
 
-Run.update = update_asked
+Run.next_batch = next_batch_asked
 """
 
 

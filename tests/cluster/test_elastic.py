@@ -21,6 +21,7 @@ import pytest
 
 from jaxllm import tokenize
 from jaxllm.checkpoint import find_steps
+from jaxllm.data.packing import BATCH_NAMES
 
 NUMBERS = [int(number) for number in os.environ.get("PROCESSES", "3 2 1").split()]
 NUM_DEVICES = math.lcm(3, *NUMBERS)
@@ -31,10 +32,11 @@ RTOL = 5e-7  # a few units in the last place of float32
 RECORDING = """
 import os, signal, sys
 import jax, numpy as np
-from jaxllm import flags, startup, train
+from jaxllm import flags, train
+from jaxllm.run.data import TrainData
 
 folder, stop_at = os.environ["RECORD"], int(os.environ["STOP_AT"])
-load_batches = startup.load_batches
+batches_of = TrainData.batches
 
 class Recorded:
     def __init__(self, batches, step):
@@ -54,8 +56,8 @@ class Recorded:
         self.step += 1
         return batch
 
-startup.load_batches = lambda *given, start, **named: Recorded(
-    load_batches(*given, start=start, **named), start
+TrainData.batches = lambda data, start, left_out: Recorded(
+    batches_of(data, start, left_out), start
 )
 sys.argv[0] = train.__file__
 train.define_flags()
@@ -157,7 +159,7 @@ def test_batches_and_losses_are_those_of_one_process(folder):
     calm = batches(folder / "calm-batches", range(STEPS))
     moved = batches(folder / "moved-batches", range(STEPS))
     for one, other in zip(calm, moved, strict=True):
-        for name in ("tokens", "targets", "segments", "positions"):
+        for name in BATCH_NAMES:
             np.testing.assert_array_equal(one[name], other[name], err_msg=name)
     assert any(batch["segments"].max() > 1 for batch in calm)  # packed documents
     # Between processes, sums over three devices are added up in another order.

@@ -125,7 +125,7 @@ def test_a_process_that_is_asked_to_stop_saves_and_exits_with_75(
     [stopped] = [line for line in said.splitlines() if line.startswith("stopped at")]
     saved, faults = find_steps(folder / "run" / "checkpoints")
     assert (
-        stopped == f"stopped at step {saved[-1]}; the same command goes on from there."
+        stopped == f"stopped at step {saved[-1]}; the same command resumes from there."
     )
     assert faults == {}
     assert "Traceback" not in said
@@ -133,7 +133,7 @@ def test_a_process_that_is_asked_to_stop_saves_and_exits_with_75(
 
 SIGNALLED = """
 import os, signal
-from jaxllm import startup
+from jaxllm.run import startup
 
 called = startup.{0}
 
@@ -150,7 +150,7 @@ def test_a_signal_while_a_run_is_resumed_is_not_lost(training, folder):
     saved = find_steps(folder / "run" / "checkpoints")[0][-1]
     config = (folder / "run.py").read_text()
     # Before the run is claimed, before it is read, and when only steps are left.
-    for moment in ("check_loggers", "Positions", "Poll"):
+    for moment in ("check_loggers", "Saves", "Poll"):
         (folder / "run.py").write_text(SIGNALLED.format(moment) + config)
         resumed = Training(folder)
         assert resumed.process.wait(LIMIT_S) == RESUMABLE, resumed.said.read_text()

@@ -163,16 +163,16 @@ def test_a_process_that_cannot_use_its_gpus_is_refused(cluster, tmp_path):
 
 SLOW_FIRST_LIFE = """
 import os, time
-from jaxllm.run import Run
+from jaxllm.run.run import Run
 
-update = Run.update
+next_batch = Run.next_batch
 
-def update_slowly(self, step, state):
+def next_batch_slowly(self, step):
     time.sleep(0.3)  # or the job could be done before it is signalled
-    return update(self, step, state)
+    return next_batch(self, step)
 
 if "SLURM_RESTART_COUNT" not in os.environ:
-    Run.update = update_slowly
+    Run.next_batch = next_batch_slowly
 """
 
 

@@ -13,7 +13,6 @@ import time
 import types
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -21,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from jaxllm.config import LoggingConfig
 from jaxllm.errors import InputError
 from jaxllm.records import metrics as metrics_module
-from jaxllm.records.metrics import LateMetrics, MetricsWriter, device_memory_bytes
+from jaxllm.records.metrics import MetricsWriter, device_memory_bytes
 
 JSONL_ONLY = LoggingConfig(tensorboard=False)
 
@@ -173,42 +172,6 @@ def test_wandb_that_is_not_installed_is_refused_before_anything_is_touched(
     with pytest.raises(InputError, match=r"config\.logging\.wandb_project=p needs"):
         writer(tmp_path, 0, LoggingConfig(wandb_project="p"))
     assert read(tmp_path) == [{"step": 9}]
-
-
-def test_late_metrics_come_one_step_late_each_exactly_once():
-    late, seen = LateMetrics(), []
-    compute = jax.jit(lambda x: {"loss": x, "norms": x + jnp.ones(3)})
-    with jax.transfer_guard("disallow"):
-        for step in range(5):
-            values = compute(jax.device_put(np.float32(step)))
-            now_s = time.perf_counter()
-            seen.append(late.push(step, values, began_at_s=now_s, wait_s=step / 8))
-            if step == 2:
-                seen.append(late.flush())
-        seen += [late.flush(), late.flush()]
-    assert [r and r["step"] for r in seen] == [None, 0, 1, 2, None, 3, 4, None]
-    for record in filter(None, seen):
-        assert record["loss"] == record["step"]
-        assert type(record["loss"]) is float and record["norms"].shape == (3,)
-        assert record["wait_s"] == record["step"] / 8
-
-
-def test_step_time_excludes_what_came_between_a_flush_and_the_next_step(monkeypatch):
-    now_s, loss = 100.0, {"loss": jnp.ones(())}
-    monkeypatch.setattr(time, "perf_counter", lambda: now_s)
-    late, read = LateMetrics(), []
-    for step in range(4):
-        if step == 2:
-            read.append(late.flush())
-            now_s += 50  # an evaluation
-        began_at_s = now_s
-        now_s += 2
-        read.append(late.push(step, loss, began_at_s=began_at_s))
-    read.append(late.flush())
-    step_s = [record["step_s"] for record in read if record]
-    assert len(step_s) == 4
-    assert sum(step_s) == 4 * 2
-    assert max(step_s) <= 2 * 2  # of two steps, the second is read when it is given
 
 
 def test_device_memory_is_the_largest_peak_or_none(monkeypatch):

@@ -21,11 +21,11 @@ import sharding
 from jaxllm.checkpoint import Checkpoints
 from jaxllm.checkpoint.steps import CHECKPOINTS
 from jaxllm.config import AnomalyConfig, Config
-from jaxllm.data.batches import batch_of, load_batches
-from jaxllm.data.splits import open_splits
+from jaxllm.data.batches import batch_of
 from jaxllm.errors import InputError
 from jaxllm.run import startup
 from jaxllm.run.anomalies import MIN_STEPS, WINDOW, Anomalies
+from jaxllm.run.data import TrainData, open_train_data
 from jaxllm.step import compile_step, prepare
 from jaxllm.step import compiled as compiled_module
 from jaxllm.step.bounds import select
@@ -140,9 +140,8 @@ Poison = Callable[[list[int], float], None]
 def poison(tiny, monkeypatch) -> Iterator[Poison]:
     """Makes the loss of some batches a multiple of what it is, in every run."""
     honest = compiled_module._loss_sums
-    config = tiny()
-    splits = open_splits(config.data, "train")
-    with load_batches(config.data, splits, seed=0, sharding=None) as batches:
+    setup = prepare(tiny(), sharding.make_mesh({"fsdp": 8}))
+    with open_train_data(setup).batches() as batches:
         sums = [int(next(batches)["tokens"].sum()) for _ in range(40)]
 
     def spoil(numbers: list[int], factor: float):
@@ -260,14 +259,16 @@ def test_rewound_a_run_is_the_one_whose_data_never_had_the_batch(
     config = configured(tiny, "rewind")
     records = list(train(config, tmp_path / "rewound"))
     assert "step 3: the loss is nan" in caplog.text
-    assert "goes back, and leaves batch 3 out" in caplog.text
+    assert "rewinds, and leaves batch 3 out" in caplog.text
     assert [r["left_out_total"] for r in records][-1] == 3
     assert list(losses(tmp_path / "rewound")) == list(range(8))
 
-    def without(*arguments, left_out, **more):
-        return load_batches(*arguments, left_out=[3, 5, 6], **more)
+    batches = TrainData.batches
 
-    monkeypatch.setattr(startup, "load_batches", without)
+    def without(data: TrainData, start: int, left_out: list[int]):
+        return batches(data, start, [*left_out, 3, 5, 6])
+
+    monkeypatch.setattr(TrainData, "batches", without)
     list(train(configured(tiny, "stop"), tmp_path / "without"))
     one, other = (states(tmp_path / name, config) for name in ("rewound", "without"))
     assert_same(one[8], other[8])

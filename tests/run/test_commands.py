@@ -158,19 +158,16 @@ def test_a_save_remembers_what_made_its_batches_and_its_eval_loss(trained):
 def test_nothing_moves_to_the_devices_unasked_during_a_step(tiny, tmp_path):
     with open_run(tiny(), tmp_path, Phases(), overwrite=False) as run:
         assert run is not None
-        batch = {name: np.asarray(rows) for name, rows in next(run.batches).items()}
-        placed = run.batches
-        run.batches = iter([batch])  # pyright: ignore (rows that the host still holds)
+        batch = {name: np.asarray(rows) for name, rows in run.next_batch(0).items()}
         with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
-            run.update(0, run.state)
-        run.batches = placed
+            run.step(run.state, batch)
 
 
 def test_the_old_state_is_given_to_the_step(tiny, tmp_path):
     with open_run(tiny(), tmp_path, Phases(), overwrite=False) as run:
         assert run is not None
         old = run.state
-        state, _ = run.update(0, old)
+        state, _ = run.step(old, run.next_batch(0))
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old.params))
         assert int(state.step) == 1
 
@@ -179,9 +176,9 @@ def test_a_state_between_two_updates_is_saved_and_a_lost_one_is_not(tiny, tmp_pa
     with pytest.raises(KeyboardInterrupt):
         with open_run(tiny(), tmp_path, Phases(), overwrite=False) as run:
             assert run is not None
-            state, metrics = run.update(0, run.state)
-            list(run.log(0, metrics))
-            run.step(state, next(run.batches))  # donates it; interrupted right there
+            state, metrics = run.step(run.state, run.next_batch(0))
+            list(run.log(0, state, metrics))
+            run.step(state, run.next_batch(1))  # donates it; interrupted right there
             raise KeyboardInterrupt
     assert not (tmp_path / "checkpoints").exists() or saved(tmp_path) == []
 
@@ -198,7 +195,7 @@ def test_a_state_is_restored_bitwise_onto_another_mesh(tiny, trained, tmp_path, 
         workdir.mkdir()
         (workdir / "checkpoints").symlink_to(trained / "checkpoints")
         with open_run(config, workdir, Phases(), overwrite=False) as run:
-            assert run is not None and run.first_step == 6
+            assert run is not None and run.num_updates == 6
             used = run.state.params["embedding"].sharding.mesh.shape
             wanted = sharding.make_mesh(config.mesh.sizes).shape
             assert used == wanted

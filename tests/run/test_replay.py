@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 
 import sharding
-from jaxllm.data.batches import load_batches
-from jaxllm.data.splits import open_splits
 from jaxllm.errors import InputError
 from jaxllm.inspect.diagnosis import diagnose
 from jaxllm.replay import describe, replay
+from jaxllm.run.data import open_train_data
 from jaxllm.step import init_state, prepare
 
 RTOL = 1e-5  # float32 sums of another program
@@ -56,8 +55,7 @@ def first(tiny):
     """A model before its first step, and the batch of that."""
     config = tiny({"data.batch_size": 16})
     setup = prepare(config, sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2}))
-    splits, place = open_splits(config.data, "train"), setup.abstract_batch["tokens"]
-    with load_batches(config.data, splits, seed=0, sharding=place.sharding) as batches:
+    with open_train_data(setup).batches() as batches:
         return setup, init_state(setup).params, next(batches)
 
 
