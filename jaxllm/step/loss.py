@@ -40,7 +40,8 @@ def next_token_loss(
       targets_BT: int32; -1 has no loss.
       loss: what is computed.
     """
-    return _run(x_BTD, w, targets_BT, loss, with_gradients=False)[:2]
+    objective, nll = _run(x_BTD, w, targets_BT, loss, with_gradients=False)
+    return objective, nll
 
 
 def row_losses(
