@@ -10,7 +10,7 @@ import jax
 
 # Not device to host: Orbax's threads copy the arrays of a checkpoint so.
 _GUARDS = ("jax_transfer_guard_host_to_device", "jax_transfer_guard_device_to_device")
-_REFUSED = dict.fromkeys(_GUARDS, "disallow")
+_REFUSED: dict[str, str | None] = dict.fromkeys(_GUARDS, "disallow")
 
 
 class ExplicitTransfers:
