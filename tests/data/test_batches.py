@@ -7,6 +7,7 @@ import threading
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,6 +16,7 @@ from jaxllm.data import batches as batches_module
 from jaxllm.data.batches import eval_batches, load_batches
 from jaxllm.data.formats import TokenSplit
 from jaxllm.errors import InputError
+from sharding import Placement
 
 LENGTH, BATCH = 16, 8
 NAMES = ("tokens", "targets", "segments", "positions")
@@ -237,13 +239,43 @@ def test_an_evaluation_is_the_same_on_a_mesh():
         assert_equal([to_host(batch) for batch in batches], reference)
 
 
-def test_transfers_are_explicit():
+@pytest.fixture
+def no_implicit_transfers():
+    """Refuses them in all threads: `jax.transfer_guard` is of the one that enters it,
+    and rows are placed in Grain's."""
+    before = jax.config.jax_transfer_guard
+    jax.config.update("jax_transfer_guard", "disallow")
+    yield
+    jax.config.update("jax_transfer_guard", before)
+
+
+@pytest.mark.parametrize("place", [None, "rows"])
+def test_transfers_are_explicit(place, no_implicit_transfers):
     config, splits = PIPELINES["mixture"]
-    sharding = make_sharding("rows")
-    with jax.transfer_guard("disallow"):
-        for place in (None, sharding):
-            with load_batches(config, splits, seed=0, sharding=place) as batches:
-                jax.block_until_ready([next(batches) for _ in range(6)])
+    sharding = make_sharding(place) if place else None
+    with load_batches(config, splits, seed=0, sharding=sharding) as batches:
+        jax.block_until_ready([next(batches) for _ in range(6)])
+
+
+@pytest.mark.parametrize("place", [None, "rows"])
+def test_an_implicit_transfer_is_refused_in_the_thread_that_places_rows(
+    place, no_implicit_transfers, monkeypatch
+):
+    threads = []
+
+    def place_implicitly(placement, held):
+        threads.append(threading.current_thread())
+        return {name: jnp.negative(values) for name, values in held.items()}
+
+    monkeypatch.setattr(Placement, "place", place_implicitly)
+    config, splits = PIPELINES["mixture"]
+    sharding = make_sharding(place) if place else None
+    with load_batches(config, splits, seed=0, sharding=sharding) as batches:
+        with pytest.raises(
+            jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"
+        ):
+            jax.block_until_ready(next(batches))
+    assert threads and threading.main_thread() not in threads
 
 
 def test_a_token_above_the_vocabulary_is_refused_when_it_comes():
