@@ -28,6 +28,7 @@ check: .venv/dev
 	.venv/bin/ruff format --check .
 	.venv/bin/pyright
 	.venv/bin/python scripts/settings_table.py --check
+	.venv/bin/python scripts/longest.py
 
 format: .venv/dev
 	.venv/bin/ruff check --fix .
