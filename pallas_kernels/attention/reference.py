@@ -60,14 +60,14 @@ def masked_attention(
     logits_BKGTS = logits_BKGTS * scale
     if softcap is not None:
         logits_BKGTS = softcap * jnp.tanh(logits_BKGTS / softcap)
-    mask_BKGTS = mask_BTS[:, None, None]
-    logits_BKGTS = jnp.where(mask_BKGTS, logits_BKGTS, -1e30)
+    mask_B11TS = mask_BTS[:, None, None]
+    logits_BKGTS = jnp.where(mask_B11TS, logits_BKGTS, -1e30)
     # No sink is a sink that weighs nothing.
     sinks_N = jnp.full(n, -jnp.inf) if sinks_N is None else sinks_N
     sinks_1KG11 = sinks_N.astype(wide).reshape(1, k, n // k, 1, 1)
     top_BKGT1 = jnp.maximum(logits_BKGTS.max(-1, keepdims=True), sinks_1KG11)
     top_BKGT1 = jax.lax.stop_gradient(top_BKGT1)
-    weights_BKGTS = jnp.where(mask_BKGTS, jnp.exp(logits_BKGTS - top_BKGT1), 0.0)
+    weights_BKGTS = jnp.where(mask_B11TS, jnp.exp(logits_BKGTS - top_BKGT1), 0.0)
     total_BKGT1 = weights_BKGTS.sum(-1, keepdims=True)
     total_BKGT1 = total_BKGT1 + jnp.exp(sinks_1KG11 - top_BKGT1)
     lse_BKGT1 = jnp.where(total_BKGT1 > 0, top_BKGT1 + jnp.log(total_BKGT1), -jnp.inf)
