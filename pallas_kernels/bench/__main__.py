@@ -33,6 +33,7 @@ from pallas_kernels.bench.options import Options
 from pallas_kernels.bench.record import Record, write_results
 from pallas_kernels.bench.search import update_table
 from pallas_kernels.bench.supervisor import read_records, supervise
+from pallas_kernels.tuning import DEVICES
 
 RESULTS = Path(__file__).parent / "results"
 ENVIRONMENT = {
@@ -88,7 +89,7 @@ def _about(options: Options) -> dict[str, Any]:
 def _write_table(device: str, output: Path, records: list[Record], dry: bool) -> None:
     """Writes the table where kernels look it up, and beside the results."""
     name = f"{device.lower().replace(' ', '_')}.json"
-    shipped = offline.DEVICES / name
+    shipped = DEVICES / name
     copy = output / name
     copy.write_text(shipped.read_text() if shipped.exists() else "{}")
     written = update_table(copy, records)

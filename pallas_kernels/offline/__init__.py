@@ -2,7 +2,6 @@
 """Compilation for GPUs that are not there, and the record of what kernels take."""
 
 from pallas_kernels.offline.compile import (
-    DEVICES,
     OPERATIONS,
     TOOLCHAIN_VARIABLE,
     Compiled,
@@ -16,7 +15,6 @@ from pallas_kernels.offline.compile import (
 )
 
 __all__ = [
-    "DEVICES",
     "OPERATIONS",
     "TOOLCHAIN_VARIABLE",
     "Compiled",
