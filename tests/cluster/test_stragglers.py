@@ -38,11 +38,14 @@ def test_two_processes_of_which_one_is_late(stragglers, caplog):
 
 
 def test_the_median_of_an_interval_arrives_one_interval_later(stragglers):
-    for own_s in (0.25, 9.0, 0.25, 0.5, 0.5, 0.5):
-        stragglers.add(own_s)
-        if own_s == 0.5 or stragglers._own_s == [0.25, 9.0, 0.25]:
-            stragglers.exchange(step_s=1.0)
-    assert stragglers._medians_s == [[0.25], [0.5], [0.5]]
+    known = []
+    for interval in ([0.25, 9.0, 0.25], [0.5], [0.5], [0.5]):
+        for own_s in interval:
+            stragglers.add(own_s)
+        stragglers.exchange(step_s=1.0)
+        known.append(stragglers.table().split()[-2:])
+    # The median of the intervals before: 0.25; then 0.25 and 0.5; then one 0.5 more.
+    assert known == [[], ["0.2500", "s"], ["0.3750", "s"], ["0.5000", "s"]]
 
 
 def test_a_process_alone_compares_itself_with_nobody():

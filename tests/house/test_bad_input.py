@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+# Not imported from `jaxllm.errors`: the numbers are the contract with schedulers.
 FAILED, WRONG_INPUT = 1, 2
 CONFIG = """\
 from jaxllm.config import *

@@ -19,6 +19,7 @@ from jaxllm.errors import InputError
 from jaxllm.run.startup import open_run
 from sharding import ShardingError
 
+# Not imported from `jaxllm.errors`: the numbers are the contract with schedulers.
 FINISHED, FAILED, WRONG_INPUT = 0, 1, 2
 
 
