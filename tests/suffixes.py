@@ -10,7 +10,7 @@ import ast
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from sharding import LETTERS
 
@@ -355,12 +355,12 @@ class Module:
 
     # What a name stands for.
 
-    def enclosing(self, node: ast.AST, kind: type) -> ast.AST | None:
-        """Returns the innermost node of a kind around another."""
-        while (node := self.parents.get(node)) is not None:
-            if isinstance(node, kind):
-                return node
-        return None
+    def enclosing(self, node: ast.AST, *kinds: type[ast.AST]) -> ast.AST | None:
+        """Returns the innermost node of some kinds around another."""
+        around = self.parents.get(node)
+        while around is not None and not isinstance(around, kinds):
+            around = self.parents.get(around)
+        return around
 
     def value(self, name: ast.Name) -> ast.AST | None:
         """Returns the function, or the expression, that a name was last bound to."""
@@ -408,7 +408,7 @@ class Module:
             return [parent]
         if not isinstance(parent, ast.Assign):
             return []
-        scope = self.enclosing(made, Function | ast.Module)
+        scope = self.enclosing(made, *get_args(Function), ast.Module)
         return [
             node
             for node in ast.walk(scope or self.tree)
@@ -506,7 +506,8 @@ def returns(function: Function) -> list[ast.expr]:
     """Returns the expressions that a function returns, not those of inner ones."""
     if isinstance(function, ast.Lambda):
         return [function.body]
-    found, left = [], [*function.body]
+    found: list[ast.expr] = []
+    left: list[ast.AST] = [*function.body]
     while left:
         node = left.pop()
         if isinstance(node, ast.Return) and node.value is not None:
