@@ -2,10 +2,16 @@
 """One call of an operation at real shapes: to compile, to check and to time."""
 
 import dataclasses
+import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+# Folders of operations, each with its `cases.py`.
+OPERATIONS = ("attention", "norm", "cross_entropy", "grouped_matmul", "quantize")
 
 # What `Case.least_seconds` assumes where nothing was measured: the best that an H200
 # gave on random bfloat16 matrices and in a copy, bytes read and written.
@@ -18,7 +24,7 @@ class Search:
     """The tiles that one kernel of a case may run with, and where the best is kept."""
 
     kernel: str  # in `devices/<kind>.json`, such as "attention_forward"
-    call: Mapping[str, Any]  # what `tuning.find_tile` is asked for
+    call: Mapping[str, Any]  # what `tuning.look_up` is asked for
     tiles: tuple[Any, ...]  # frozen dataclasses
     shipped: Any  # the one of them that "mosaic" runs with
     function: Callable[[Any], Callable]  # from a tile to what "mosaic" would run
@@ -49,3 +55,25 @@ class Case:
     ) -> float:
         """Returns the time below which no implementation can come."""
         return max(self.flops / flops_per_s, self.num_bytes / bytes_per_s)
+
+
+def find_cases(operation: str, part: str = "", *, tiny: bool = False) -> list[Case]:
+    """Returns the cases of an operation whose name contains part.
+
+    Args:
+      operation: one of `OPERATIONS`.
+      part: "" is in every name.
+      tiny: those at shapes that interpret mode finishes in seconds.
+    """
+    module = importlib.import_module(f"pallas_kernels.{operation}.cases")
+    found = module.tiny_cases() if tiny else module.cases()
+    return [case for case in found if part in case.name]
+
+
+def draw_normal(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+    """Returns normal numbers that were drawn in float32 and rounded.
+
+    Drawn in bfloat16, they have 128 different values and none above 2.89 (jax 0.12):
+    a kernel would never meet an outlier.
+    """
+    return jax.random.normal(key, shape, jnp.float32).astype(dtype)

@@ -1,10 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which implementation of an operation runs: the one rule for all operations."""
+"""Which implementation of an operation runs: the one rule for all operations.
+
+Every operation has a `choose_<operation>`. It takes, by the same names, those arguments
+of the operation that the choice depends on, where shapes and dtypes are enough, then
+`implementation`; it reads the device from the mesh (`current_target`).
+"""
 
 import types
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
+import jax
+
+Shaped = jax.Array | jax.ShapeDtypeStruct  # an array, or as much as tracing knows
 Implementation = Literal["auto", "mosaic", "cudnn", "xla"]
 
 # What `auto` tries, best first. "xla" is the plain JAX of a reference, which honours

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention import attention
+from pallas_kernels.case import draw_normal
 from pallas_kernels.cross_entropy import linear_cross_entropy
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.norm import layer_norm, rms_norm
@@ -55,18 +56,20 @@ def check_attention(
     segments_T = (places_T[:, None] >= ends[None]).sum(-1) + 1
     segments_BT = jnp.where(places_T < 190, segments_T, 0)[None] if packed else None
 
-    def run(implementation, q_BTNH, k_BSKH, v_BSKH, dout_BTNH):
-        def attend(q_BTNH, k_BSKH, v_BSKH):
+    def both_passes(implementation, q_BTNH, k_BSKH, v_BSKH, dout_BTNH):
+        def of_qkv(q_BTNH, k_BSKH, v_BSKH):
             return attention(
-                *(q_BTNH, k_BSKH, v_BSKH),
+                q_BTNH,
+                k_BSKH,
+                v_BSKH,
                 segments_BT=segments_BT,
                 implementation=implementation,
                 **options,
             )
 
-        return _with_gradients(attend, (q_BTNH, k_BSKH, v_BSKH), dout_BTNH)
+        return _with_gradients(of_qkv, (q_BTNH, k_BSKH, v_BSKH), dout_BTNH)
 
-    _compare("attention", implementation, run, tuple(inputs))
+    _compare("attention", implementation, both_passes, tuple(inputs))
 
 
 def check_norm(implementation: str, dtype: str, *, kind: str, width: int) -> None:
@@ -85,7 +88,7 @@ def check_norm(implementation: str, dtype: str, *, kind: str, width: int) -> Non
     vectors = (scale,) if kind == "rmsnorm" else (scale, bias)
     function = rms_norm if kind == "rmsnorm" else layer_norm
 
-    def run(implementation, x, y, first, second, *vectors):
+    def both_passes(implementation, x, y, first, second, *vectors):
         def norm(x, y, *vectors):
             return function(
                 x, *vectors, residual=y, eps=1e-6, implementation=implementation
@@ -93,7 +96,7 @@ def check_norm(implementation: str, dtype: str, *, kind: str, width: int) -> Non
 
         return _with_gradients(norm, (x, y, *vectors), (first, second))
 
-    _compare(kind, implementation, run, (x, y, *cotangents, *vectors))
+    _compare(kind, implementation, both_passes, (x, y, *cotangents, *vectors))
 
 
 def check_cross_entropy(
@@ -117,9 +120,11 @@ def check_cross_entropy(
     words_T = jnp.arange(200, dtype=jnp.int32) * 7919 % num_words
     targets_T = jnp.where(words_T % 5 == 0, -1, words_T)
 
-    def run(implementation, x_TD, w):
+    def both_passes(implementation, x_TD, w):
         terms = linear_cross_entropy(
-            *(x_TD, w, targets_T),
+            x_TD,
+            w,
+            targets_T,
             chunk_tokens=128,
             with_gradients=True,
             implementation=implementation,
@@ -127,7 +132,7 @@ def check_cross_entropy(
         )
         return terms._asdict()
 
-    _compare("linear_cross_entropy", implementation, run, (x_TD, w))
+    _compare("linear_cross_entropy", implementation, both_passes, (x_TD, w))
 
 
 def check_grouped_matmul(
@@ -148,13 +153,13 @@ def check_grouped_matmul(
     w_EDF = (w_EDF * width**-0.5).astype(dtype)
     sizes_E = jnp.array([37, 0, 101, 40], jnp.int32)
 
-    def run(implementation, x_TD, w_EDF, cotangent_TF):
+    def both_passes(implementation, x_TD, w_EDF, cotangent_TF):
         def product(x_TD, w_EDF):
             return grouped_matmul(x_TD, w_EDF, sizes_E, implementation=implementation)
 
         return _with_gradients(product, (x_TD, w_EDF), cotangent_TF)
 
-    _compare("grouped_matmul", implementation, run, (x_TD, w_EDF, cotangent_TF))
+    _compare("grouped_matmul", implementation, both_passes, (x_TD, w_EDF, cotangent_TF))
 
 
 def _with_gradients(function: Callable, inputs: tuple, cotangents: Any) -> dict:
@@ -166,8 +171,7 @@ def _with_gradients(function: Callable, inputs: tuple, cotangents: Any) -> dict:
 def _draw(dtype: str, *shapes: tuple[int, ...]) -> list[jax.Array]:
     keys = jax.random.split(jax.random.key(len(shapes)), len(shapes))
     return [
-        jax.random.normal(key, shape, jnp.float32).astype(dtype)
-        for key, shape in zip(keys, shapes, strict=True)
+        draw_normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)
     ]
 
 

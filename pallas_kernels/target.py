@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The device a computation is traced for, which need not be one of this machine."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 
 import jax
 
@@ -26,6 +28,7 @@ class Target:
 
 # Interpret mode runs the cores one after the other: two make all code paths.
 INTERPRETED = Target("gpu", "interpreted", 2)
+H200 = Target("gpu", "NVIDIA H200", 132)
 
 
 def current_target() -> Target:
@@ -44,6 +47,17 @@ def current_target() -> Target:
     device = jax.local_devices()[0]
     num_cores = getattr(device, "core_count", None) or 1
     return Target(_family(device.platform), device.device_kind, num_cores)
+
+
+@contextlib.contextmanager
+def traced_for(target: Target) -> Iterator[None]:
+    """Makes a device, which need not be there, the `current_target` of this thread."""
+    device = jax.sharding.AbstractDevice(
+        device_kind=target.kind, num_cores=target.num_cores, platform=target.platform
+    )
+    mesh = jax.sharding.AbstractMesh((), (), (), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        yield
 
 
 def _family(platform: str | None) -> str:

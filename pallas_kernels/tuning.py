@@ -18,8 +18,8 @@ from pallas_kernels.target import Target
 DEVICES = Path(__file__).parent / "devices"
 
 
-def find_tile(target: Target, kernel: str, call: Mapping[str, Any]) -> dict[str, int]:
-    """Returns the tile on record for a call, or {} if there is none.
+def look_up(target: Target, kernel: str, call: Mapping[str, Any]) -> dict[str, int]:
+    """Returns the fields of the tile on record for a call; {} if none is.
 
     Args:
       kernel: such as "attention_forward".

@@ -59,7 +59,7 @@ class Attention(nnx.Module):
         """Returns the layer's output and the cache with this call's keys and values."""
         q_BTNH, k_BTKH, v_BTKH = self._heads(x_BTD, positions_BT)
         if cache is None:
-            out_BTNH = self._attend(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+            out_BTNH = self._attend_rows(q_BTNH, k_BTKH, v_BTKH, segments_BT)
         else:
             cache = {
                 "key": _write(cache["key"], k_BTKH, positions_BT),
@@ -93,14 +93,16 @@ class Attention(nnx.Module):
             checkpoint_name(v_BTKH, "value"),
         )
 
-    def _attend(self, q_BTNH, k_BSKH, v_BSKH, segments_BT):
+    def _attend_rows(self, q_BTNH, k_BSKH, v_BSKH, segments_BT):
         if sharding.axes_of("T"):
-            return self._attend_in_context(q_BTNH, k_BSKH, v_BSKH, segments_BT)
+            return self._attend_shards(q_BTNH, k_BSKH, v_BSKH, segments_BT)
         masks = {} if segments_BT is None else {"segments_BT": segments_BT}
-        return self._run(self.kernels.attention, q_BTNH, k_BSKH, v_BSKH, **masks)
+        return self._attend_locally(
+            self.kernels.attention, q_BTNH, k_BSKH, v_BSKH, **masks
+        )
 
-    def _attend_in_context(self, q_BTNH, k_BTKH, v_BTKH, segments_BT):
-        attend = ContextAttention(
+    def _attend_shards(self, q_BTNH, k_BTKH, v_BTKH, segments_BT):
+        attention = ContextAttention(
             RangedAttention(
                 softcap=self.config.attention_softcap,
                 deterministic=self.kernels.deterministic,
@@ -111,21 +113,27 @@ class Attention(nnx.Module):
         )
         segments = () if segments_BT is None else (segments_BT,)
         ins = ("BTNH", "BTKH", "BTKH", *("BT" for _ in segments))
-        return sharding.local(attend, ins, "BTNH")(q_BTNH, k_BTKH, v_BTKH, *segments)
+        attention = sharding.local(attention, ins, "BTNH")
+        return attention(q_BTNH, k_BTKH, v_BTKH, *segments)
 
     def _attend_cached(self, q_BTNH, cache, positions_BT):
         # cuDNN takes no query positions, whatever it does in training.
         named = self.kernels.attention
         implementation = "xla" if named == "cudnn" else named
-        return self._run(
-            *(implementation, q_BTNH, cache["key"], cache["value"]),
+        return self._attend_locally(
+            implementation,
+            q_BTNH,
+            cache["key"],
+            cache["value"],
             positions_BT=positions_BT,
         )
 
-    def _run(self, implementation, q_BTNH, k_BSKH, v_BSKH, **masks_BT):
-        def attend(q_BTNH, k_BSKH, v_BSKH, *masks):
+    def _attend_locally(self, implementation, q_BTNH, k_BSKH, v_BSKH, **masks_BT):
+        def attention(q_BTNH, k_BSKH, v_BSKH, *masks):
             return pallas_kernels.attention(
-                *(q_BTNH, k_BSKH, v_BSKH),
+                q_BTNH,
+                k_BSKH,
+                v_BSKH,
                 **dict(zip(masks_BT, masks, strict=True)),
                 window=self.window,
                 softcap=self.config.attention_softcap,
@@ -134,8 +142,8 @@ class Attention(nnx.Module):
             )
 
         ins = ("BTNH", "BSKH", "BSKH", *("BT" for _ in masks_BT))
-        run = sharding.local(attend, ins, "BTNH")
-        return run(q_BTNH, k_BSKH, v_BSKH, *masks_BT.values())
+        attention = sharding.local(attention, ins, "BTNH")
+        return attention(q_BTNH, k_BSKH, v_BSKH, *masks_BT.values())
 
 
 def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention over rows that the mesh axis `context` cuts in a zig-zag.
+"""Context parallelism: attention over rows that the mesh axis `context` shards.
+
+The chunks of a row lie on the devices in a zig-zag, for equal work under a causal mask.
 
 A device has the queries, keys and values of its two chunks of a row. Queries stay; keys
 and values come to them. With C devices, and k bytes of a device's keys and as many of
@@ -50,7 +52,7 @@ class ContextAttention:
     ) -> jax.Array:
         """Returns out_BTNH of this device's queries."""
         ranges = key_ranges_in_text(q_BTNH.shape, segments_BT, self.window)
-        return _attend(self, q_BTNH, k_BTKH, v_BTKH, *ranges)
+        return attention_with_gradient(self, q_BTNH, k_BTKH, v_BTKH, *ranges)
 
 
 def key_ranges_in_text(
@@ -73,7 +75,15 @@ def key_ranges_in_text(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(how: ContextAttention, q_BTNH, k_BTKH, v_BTKH, start_BT, end_BT):
+def attention_with_gradient(
+    how: ContextAttention,
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    start_BT: jax.Array,
+    end_BT: jax.Array,
+) -> jax.Array:
+    """Returns out_BTNH of this device's queries, with a gradient of its own."""
     return _forward(how, q_BTNH, k_BTKH, v_BTKH, start_BT, end_BT)[0]
 
 
@@ -97,20 +107,20 @@ def _backward(how, saved, dout_BTNH):
     )
 
 
-_attend.defvjp(_forward, _backward)
+attention_with_gradient.defvjp(_forward, _backward)
 
 
 def _gather_forward(attention, q_BTNH, k_BTKH, v_BTKH, start_BT, end_BT):
     k_BSKH, v_BSKH = map(zigzag.gather_rows, (k_BTKH, v_BTKH))
-    return attention.attend(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT)
+    return attention.forward(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT)
 
 
 def _gather_backward(attention, inputs, results):
     # Gathered again: kept, they would be the memory that the axis is there to save.
     q_BTNH, k_BTKH, v_BTKH, start_BT, end_BT = inputs
     k_BSKH, v_BSKH = map(zigzag.gather_rows, (k_BTKH, v_BTKH))
-    dq_BTNH, *dkv = attention.differentiate(
-        *(q_BTNH, k_BSKH, v_BSKH), *results, start_BT, end_BT
+    dq_BTNH, *dkv = attention.backward(
+        q_BTNH, k_BSKH, v_BSKH, *results, start_BT, end_BT
     )
     return dq_BTNH, *(zigzag.scatter_rows(_wide(d)) for d in dkv)
 
@@ -123,7 +133,7 @@ def _ring_forward(attention, q_BTNH, k_BTKH, v_BTKH, start_BT, end_BT):
     ring = Ring(start_BT, end_BT, k_BTKH.shape[1])
 
     def visit(merged, kv, turn):
-        part = attention.attend(q_BTNH, *kv, *ring.ranges(turn))
+        part = attention.forward(q_BTNH, *kv, *ring.ranges(turn))
         return merge_parts(*merged, *part)
 
     def go(carry, turn):
@@ -146,7 +156,7 @@ def _ring_backward(attention, inputs, results):
 
     def visit(kv, turn):
         arrays = (q_BTNH, *kv, *results)
-        dq_BTNH, *dkv = attention.differentiate(*arrays, *ring.ranges(turn))
+        dq_BTNH, *dkv = attention.backward(*arrays, *ring.ranges(turn))
         return _wide(dq_BTNH), jnp.stack(list(map(_wide, dkv)))
 
     # Gradients follow their keys a turn behind: they travel while the next are made.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run will cost, said before it starts: `--dry_run` and the first log lines."""
+"""The cost of a run, before it starts: `--dry_run` and the first log lines."""
 
 import dataclasses
 import math
@@ -51,8 +51,8 @@ def choices(setup: Setup) -> str:
     """
     asked = dataclasses.asdict(setup.config.kernels)
     return "\n".join(
-        f"{name}: {choice.implementation} ({asked[name.split()[0]]}: {choice.reason})"
-        for name, choice in choose_kernels(setup.config, setup.mesh).items()
+        f"{ask.label}: {choice.implementation} ({asked[ask.setting]}: {choice.reason})"
+        for ask, choice in choose_kernels(setup.config, setup.mesh).items()
     )
 
 
@@ -60,7 +60,7 @@ def _pipeline(setup: Setup) -> dict[str, str]:
     if (schedule := setup.schedule) is None:
         return {}
     return {
-        "a stage waits": f"{schedule.bubble:.1%} of {schedule.num_ticks} ticks: "
+        "pipeline bubble": f"{schedule.bubble:.1%} of {schedule.num_ticks} ticks: "
         f"{schedule.num_stages} stages, {schedule.num_rounds} round(s), "
         f"{schedule.num_microbatches} microbatches"
     }

@@ -12,7 +12,10 @@ DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 def check_arguments(
-    qkv: tuple[jax.Array, jax.Array, jax.Array],
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    *,
     segments_BT: jax.Array | None,
     positions_BT: jax.Array | None,
     sinks_N: jax.Array | None,
@@ -26,15 +29,15 @@ def check_arguments(
     Raises:
       ValueError: says what is wrong, by name and value, and what would be right.
     """
-    _check_arrays(*qkv)
-    b, t, n, _ = qkv[0].shape
+    _check_arrays(q_BTNH, k_BSKH, v_BSKH)
+    b, t, n, _ = q_BTNH.shape
     _check_numbers(causal, window, softcap, scale)
     for name, x in dict(segments_BT=segments_BT, positions_BT=positions_BT).items():
         if x is None:
             continue
         if x.shape != (b, t):
             raise ValueError(
-                f"attention got {name} {x.shape} for q {qkv[0].shape}: it must be "
+                f"attention got {name} {x.shape} for q {q_BTNH.shape}: it must be "
                 f"{(b, t)}, an integer for each query."
             )
         if not jnp.issubdtype(x.dtype, jnp.integer):
@@ -46,7 +49,8 @@ def check_arguments(
             f"attention got sinks_N {sinks_N.dtype}{list(sinks_N.shape)} for {n} query "
             f"heads: it must be a logit for each, such as float32[{n}]."
         )
-    _check_places(t, qkv[1].shape[1], segments_BT, positions_BT, causal or window > 0)
+    places_matter = causal or window > 0
+    _check_places(t, k_BSKH.shape[1], segments_BT, positions_BT, places_matter)
 
 
 def _check_arrays(q_BTNH, k_BSKH, v_BSKH):

@@ -2,18 +2,17 @@
 """The attention operation: what it promises, and which implementation runs."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.attention.arguments import check_arguments
-from pallas_kernels.attention.hopper.passes import Kernels
+from pallas_kernels.attention.hopper import passes
 from pallas_kernels.attention.ranges import key_ranges
 from pallas_kernels.attention.reference import attention_reference
-from pallas_kernels.choice import Choice, Implementation, choose
-from pallas_kernels.target import INTERPRETED, Target, current_target
+from pallas_kernels.choice import Choice, Implementation, Shaped, choose
+from pallas_kernels.target import INTERPRETED, current_target
 
 HEAD_DIMS = (64, 128, 256)  # of the mosaic kernels
 
@@ -50,7 +49,8 @@ def attention(
       softcap: c * tanh(logits / c); None is off.
       scale: multiplies the logits; None is H**-0.5.
       sinks_N: logit, for each head, of one more key, which has no value.
-      deterministic: gradients are the same bits each time, which costs some speed.
+      deterministic: whether gradients are the same to the bit each time, which costs
+        some speed.
       implementation: "auto" takes what `choose_attention` says for this device.
 
     Returns:
@@ -61,108 +61,118 @@ def attention(
       NotImplementedError: the implementation named cannot do what was asked.
     """
     check_arguments(
-        (q_BTNH, k_BSKH, v_BSKH),
-        *(segments_BT, positions_BT, sinks_N),
-        *(causal, window, softcap, scale),
-    )
-    scale = float(q_BTNH.shape[-1] ** -0.5 if scale is None else scale)
-    target = current_target()
-    chosen, _ = choose_attention(
-        implementation,
-        target=target,
-        dtype=str(q_BTNH.dtype),
-        head_dim=q_BTNH.shape[-1],
+        q_BTNH,
+        k_BSKH,
+        v_BSKH,
+        segments_BT=segments_BT,
+        positions_BT=positions_BT,
+        sinks_N=sinks_N,
         causal=causal,
-        packed=segments_BT is not None,
-        cached=positions_BT is not None,
         window=window,
         softcap=softcap,
         scale=scale,
-        sinks=sinks_N is not None,
+    )
+    scale = float(q_BTNH.shape[-1] ** -0.5 if scale is None else scale)
+    chosen, _ = choose_attention(
+        q_BTNH,
+        causal=causal,
+        segments_BT=segments_BT,
+        positions_BT=positions_BT,
+        window=window,
+        softcap=softcap,
+        scale=scale,
+        sinks_N=sinks_N,
         deterministic=deterministic,
+        implementation=implementation,
     )
     if chosen == "cudnn":
         out_BTNH = jax.nn.dot_product_attention(
-            *(q_BTNH, k_BSKH, v_BSKH),
+            q_BTNH,
+            k_BSKH,
+            v_BSKH,
             is_causal=causal,
             local_window_size=(window - 1, 0) if window else None,
             scale=scale,
             implementation="cudnn",
         )
         return checkpoint_name(out_BTNH, "attention")
-    masks: dict[str, Any] = dict(
-        causal=causal,
-        segments_BT=segments_BT,
-        positions_BT=positions_BT,
-        window=window,
-    )
     if chosen == "xla":
         out_BTNH = attention_reference(
-            *(q_BTNH, k_BSKH, v_BSKH),
-            **masks,
+            q_BTNH,
+            k_BSKH,
+            v_BSKH,
+            causal=causal,
+            segments_BT=segments_BT,
+            positions_BT=positions_BT,
+            window=window,
             softcap=softcap,
             scale=scale,
             sinks_N=sinks_N,
         )
         return checkpoint_name(out_BTNH, "attention")
-    facts = (target, q_BTNH.shape[-1], causal, softcap, scale, deterministic)
-    kernels = Kernels.of(*facts)
-    ranges = key_ranges(q_BTNH.shape, k_BSKH.shape[1], **masks)
+    kernels = passes.find_kernels(
+        current_target(),
+        q_BTNH.shape[-1],
+        causal=causal,
+        softcap=softcap,
+        scale=scale,
+        deterministic=deterministic,
+    )
+    start_BT, end_BT = key_ranges(
+        q_BTNH.shape,
+        k_BSKH.shape[1],
+        causal=causal,
+        segments_BT=segments_BT,
+        positions_BT=positions_BT,
+        window=window,
+    )
     group = q_BTNH.shape[2] // k_BSKH.shape[2]
     if sinks_N is not None or group * q_BTNH.shape[1] > kernels.forward.queries:
-        return _attend(kernels, q_BTNH, k_BSKH, v_BSKH, *ranges, sinks_N)
+        return attention_with_gradient(
+            kernels, q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, sinks_N
+        )
     # Decoding: one block has the queries of all heads that read the same keys.
-    ranges = (jnp.repeat(x_BT, group, axis=1) for x_BT in ranges)
+    start_BT = jnp.repeat(start_BT, group, axis=1)
+    end_BT = jnp.repeat(end_BT, group, axis=1)
     q_BTKH = _stack_heads(q_BTNH, group)
-    out_BTKH = _attend(kernels, q_BTKH, k_BSKH, v_BSKH, *ranges, None)
+    out_BTKH = attention_with_gradient(
+        kernels, q_BTKH, k_BSKH, v_BSKH, start_BT, end_BT, None
+    )
     return _unstack_heads(out_BTKH, group)
 
 
-def choose_attention(implementation: Implementation, **facts: Any) -> Choice:
+def choose_attention(
+    q_BTNH: Shaped,
+    *,
+    causal: bool = True,
+    segments_BT: Shaped | None = None,
+    positions_BT: Shaped | None = None,
+    start_BT: Shaped | None = None,
+    window: int = 0,
+    softcap: float | None = None,
+    scale: float | None = None,
+    sinks_N: Shaped | None = None,
+    deterministic: bool = True,
+    implementation: Implementation = "auto",
+) -> Choice:
     """Returns the implementation to run and the reason, for a log.
 
     Args:
-      implementation: what was asked for.
-      facts: those of `attention_refusals`.
+      q_BTNH: as the others, an argument of `attention`.
+      start_BT: of `RangedAttention`, in whose place "cudnn" has nothing.
 
     Raises:
       ValueError: there is no such implementation.
       NotImplementedError: the one named cannot honour all that was asked.
     """
-    return choose("attention", implementation, attention_refusals(**facts))
-
-
-def attention_refusals(
-    *,
-    target: Target,
-    dtype: str,
-    head_dim: int,
-    causal: bool = True,
-    packed: bool = False,
-    cached: bool = False,
-    ranged: bool = False,
-    window: int = 0,
-    softcap: float | None = None,
-    scale: float = 1.0,
-    sinks: bool = False,
-    deterministic: bool = True,
-) -> dict[str, list[str]]:
-    """Returns what "mosaic" and "cudnn" cannot honour of a call.
-
-    Args:
-      target: the device it will run on.
-      packed: whether there are segments_BT.
-      cached: whether there are positions_BT.
-      ranged: whether the ranges of keys are given, as to `RangedAttention`.
-      sinks: whether there are sinks_N.
-    """
+    target, dtype, head_dim = current_target(), str(q_BTNH.dtype), q_BTNH.shape[-1]
     halves = ("bfloat16", "float16")
     widest = 256 if target.is_hopper else 128
     mosaic = {
         f"device {target.kind} (an NVIDIA Hopper GPU)": not target.is_hopper,
         f"dtype {dtype} ({' or '.join(halves)})": dtype not in halves,
         f"head width {head_dim} {HEAD_DIMS}": head_dim not in HEAD_DIMS,
-        f"scale {scale} (positive)": scale <= 0,
+        f"scale {scale} (positive)": scale is not None and scale <= 0,
     }
     # What jax.nn's cuDNN path would refuse late, or get wrong without a word.
     cudnn = {
@@ -173,18 +183,19 @@ def attention_refusals(
         f"head width {head_dim} (multiples of 8 up to {widest})": (
             head_dim % 8 != 0 or head_dim > widest
         ),
-        "segments of packed documents": packed,
-        "query positions": cached,
-        "ranges of keys": ranged,
+        "segments of packed documents": segments_BT is not None,
+        "query positions": positions_BT is not None,
+        "ranges of keys": start_BT is not None,
         f"window {window} without causal": window > 0 and not causal,
         f"softcap {softcap}": softcap is not None,
-        "sinks": sinks,
+        "sinks": sinks_N is not None,
         "deterministic gradients": deterministic,
     }
-    return {
+    refusals = {
         name: [what for what, refused in found.items() if refused]
         for name, found in (("mosaic", mosaic), ("cudnn", cudnn))
     }
+    return choose("attention", implementation, refusals)
 
 
 def _stack_heads(x_BTNH: jax.Array, group: int) -> jax.Array:
@@ -202,14 +213,23 @@ def _unstack_heads(x_BTKH: jax.Array, group: int) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(kernels, q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, sinks_N):
-    inputs = (q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, sinks_N)
-    return _attend_forward(kernels, *inputs)[0]
+def attention_with_gradient(
+    kernels: passes.Kernels,
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    start_BT: jax.Array,
+    end_BT: jax.Array,
+    sinks_N: jax.Array | None,
+) -> jax.Array:
+    """Returns out_BTNH of the kernels, whose gradient is their backward pass."""
+    out_BTNH, _ = _forward(kernels, q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, sinks_N)
+    return out_BTNH
 
 
-def _attend_forward(kernels, q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, sinks_N):
+def _forward(kernels, q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, sinks_N):
     inputs = (q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, sinks_N)
-    out_BTNH, lse_BNT = kernels.attend(*inputs)
+    out_BTNH, lse_BNT = passes.forward(kernels, *inputs)
     # Named here: a name given to the result outside would not cover what the backward
     # pass keeps of it, and remat would run the kernel again.
     out_BTNH = checkpoint_name(out_BTNH, "attention")
@@ -217,15 +237,27 @@ def _attend_forward(kernels, q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, sinks_N):
     return out_BTNH, (inputs, out_BTNH, lse_BNT)
 
 
-def _attend_backward(kernels, residuals, dout_BTNH):
+def _backward(kernels, residuals, dout_BTNH):
     inputs, out_BTNH, lse_BNT = residuals
     q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, sinks_N = inputs
-    arrays = (q_BTNH, k_BSKH, v_BSKH, out_BTNH, lse_BNT, dout_BTNH, start_BT, end_BT)
-    dqkv = kernels.differentiate(*arrays)
+    dq_BTNH, dk_BSKH, dv_BSKH = passes.backward(
+        kernels,
+        q_BTNH,
+        k_BSKH,
+        v_BSKH,
+        out_BTNH,
+        lse_BNT,
+        dout_BTNH,
+        start_BT,
+        end_BT,
+    )
     dsinks_N = None
     if sinks_N is not None:
         dsinks_N = _sinks_gradient(sinks_N, out_BTNH, lse_BNT, dout_BTNH)
-    return *dqkv, None, None, dsinks_N
+    return dq_BTNH, dk_BSKH, dv_BSKH, None, None, dsinks_N
+
+
+attention_with_gradient.defvjp(_forward, _backward)
 
 
 def _sinks_gradient(sinks_N, out_BTNH, lse_BNT, dout_BTNH):
@@ -237,6 +269,3 @@ def _sinks_gradient(sinks_N, out_BTNH, lse_BNT, dout_BTNH):
     # Of a sink of -inf and no key in sight, -inf - -inf would be left.
     weights_BNT = jnp.where(jnp.isneginf(lse_BNT), 0.0, weights_BNT)
     return -(weights_BNT * delta_BNT).sum((0, 2)).astype(sinks_N.dtype)
-
-
-_attend.defvjp(_attend_forward, _attend_backward)

@@ -11,7 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention.hopper.passes import Kernels
+from pallas_kernels.attention.hopper import passes
 from pallas_kernels.attention.op import choose_attention
 from pallas_kernels.attention.ranges import visible_in_ranges
 from pallas_kernels.attention.reference import masked_attention, masked_gradients
@@ -26,7 +26,7 @@ class RangedAttention:
     Attributes:
       softcap: c * tanh(logits / c); None is off.
       scale: multiplies the logits; None is H**-0.5.
-      deterministic: gradients are the same bits each time.
+      deterministic: whether gradients are the same to the bit each time.
       implementation: "auto" takes what `choose_attention` says for this device.
     """
 
@@ -35,7 +35,7 @@ class RangedAttention:
     deterministic: bool = True
     implementation: Implementation = "auto"
 
-    def attend(
+    def forward(
         self,
         q_BTNH: jax.Array,
         k_BSKH: jax.Array,
@@ -46,16 +46,19 @@ class RangedAttention:
         """Returns out_BTNH, dtype of q, and lse_BNT, float32: the log of the sum of
         exp(logits). A query that sees no key has 0 and -inf.
 
-        Has no gradient of its own; see `differentiate`.
+        Has no gradient of its own; see `backward`.
         """
-        scale, kernels = self._choose(q_BTNH)
+        scale, kernels = self._choose(q_BTNH, start_BT)
         if kernels:
-            return kernels.attend(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, None)
+            return passes.forward(
+                kernels, q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, None
+            )
         mask_BTS = visible_in_ranges(start_BT, end_BT, k_BSKH.shape[1])
-        arrays = (q_BTNH, k_BSKH, v_BSKH, mask_BTS, None)
-        return masked_attention(*arrays, softcap=self.softcap, scale=scale)
+        return masked_attention(
+            q_BTNH, k_BSKH, v_BSKH, mask_BTS, None, softcap=self.softcap, scale=scale
+        )
 
-    def differentiate(
+    def backward(
         self,
         q_BTNH: jax.Array,
         k_BSKH: jax.Array,
@@ -69,37 +72,60 @@ class RangedAttention:
         """Returns what these keys add to dq_BTNH, and their dk_BSKH and dv_BSKH.
 
         Args:
-          q_BTNH: as k_BSKH, v_BSKH, start_BT and end_BT what `attend` was given.
+          q_BTNH: as k_BSKH, v_BSKH, start_BT and end_BT what `forward` was given.
           out_BTNH: over all keys that the queries see, as lse_BNT.
           dout_BTNH: the cotangent of out_BTNH.
         """
-        scale, kernels = self._choose(q_BTNH)
-        arrays = (q_BTNH, k_BSKH, v_BSKH, out_BTNH, lse_BNT, dout_BTNH)
+        scale, kernels = self._choose(q_BTNH, start_BT)
         if kernels:
-            return kernels.differentiate(*arrays, start_BT, end_BT)
-        mask_BTS = visible_in_ranges(start_BT, end_BT, k_BSKH.shape[1])
-        arrays = (*arrays, mask_BTS)
-        return masked_gradients(*arrays, softcap=self.softcap, scale=scale)
+            return passes.backward(
+                kernels,
+                q_BTNH,
+                k_BSKH,
+                v_BSKH,
+                out_BTNH,
+                lse_BNT,
+                dout_BTNH,
+                start_BT,
+                end_BT,
+            )
+        return masked_gradients(
+            q_BTNH,
+            k_BSKH,
+            v_BSKH,
+            out_BTNH,
+            lse_BNT,
+            dout_BTNH,
+            mask_BTS=visible_in_ranges(start_BT, end_BT, k_BSKH.shape[1]),
+            softcap=self.softcap,
+            scale=scale,
+        )
 
-    def _choose(self, q_BTNH: jax.Array) -> tuple[float, Kernels | None]:
+    def _choose(
+        self, q_BTNH: jax.Array, start_BT: jax.Array
+    ) -> tuple[float, passes.Kernels | None]:
         """Returns the scale, and the kernels if they are what is chosen."""
-        h = q_BTNH.shape[-1]
-        scale = float(h**-0.5 if self.scale is None else self.scale)
-        target = current_target()
+        head_dim = q_BTNH.shape[-1]
+        scale = float(head_dim**-0.5 if self.scale is None else self.scale)
         chosen, _ = choose_attention(
-            self.implementation,
-            target=target,
-            dtype=str(q_BTNH.dtype),
-            head_dim=h,
-            ranged=True,
+            q_BTNH,
+            start_BT=start_BT,
+            softcap=self.softcap,
+            scale=scale,
+            deterministic=self.deterministic,
+            implementation=self.implementation,
+        )
+        if chosen == "xla":
+            return scale, None
+        kernels = passes.find_kernels(
+            current_target(),
+            head_dim,
+            causal=True,
             softcap=self.softcap,
             scale=scale,
             deterministic=self.deterministic,
         )
-        if chosen == "xla":
-            return scale, None
-        facts = (self.softcap, scale, self.deterministic)
-        return scale, Kernels.of(target, h, True, *facts)
+        return scale, kernels
 
 
 def merge_parts(

@@ -28,11 +28,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pallas_kernels import offline
 from pallas_kernels.bench.options import Options
 from pallas_kernels.bench.record import Record, write_results
 from pallas_kernels.bench.search import update_table
 from pallas_kernels.bench.supervisor import read_records, supervise
+from pallas_kernels.case import OPERATIONS
 from pallas_kernels.tuning import DEVICES
 
 RESULTS = Path(__file__).parent / "results"
@@ -122,7 +122,7 @@ def main(arguments: Sequence[str]) -> int:
         description=(__doc__ or "").split("\n")[0],
     )
     add = parser.add_argument
-    add("operations", nargs="*", help=f"of {', '.join(offline.OPERATIONS)}; none: all")
+    add("operations", nargs="*", help=f"of {', '.join(OPERATIONS)}; none: all")
     add("--part", default="", help="only cases whose name contains this, or this,that")
     add("--tune", action="store_true", help="time other tiles too, write the table")
     add("--seconds", type=float, default=540, help="after which no case starts")
@@ -133,7 +133,7 @@ def main(arguments: Sequence[str]) -> int:
     add("--output", type=Path, help="folder of the results")
     add("--dry", action="store_true", help="tiny shapes on the CPU; needs --output")
     asked = parser.parse_args(arguments)
-    if unknown := set(asked.operations) - set(offline.OPERATIONS):
+    if unknown := set(asked.operations) - set(OPERATIONS):
         parser.error(f"no operation {', '.join(sorted(unknown))}")
     if asked.dry and asked.output is None:
         parser.error("--dry needs --output: its times must not be among the results")
@@ -143,7 +143,7 @@ def main(arguments: Sequence[str]) -> int:
         os.environ["JAX_PLATFORMS"] = "cpu"
     with tempfile.TemporaryDirectory() as folder:
         options = Options(
-            operations=tuple(asked.operations) or offline.OPERATIONS,
+            operations=tuple(asked.operations) or OPERATIONS,
             part=asked.part,
             tune=asked.tune,
             dry=asked.dry,

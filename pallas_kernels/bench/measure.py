@@ -16,7 +16,7 @@ import jax
 
 from pallas_kernels import mosaic
 from pallas_kernels.bench import check, peers, search
-from pallas_kernels.bench.ceilings import Ceilings
+from pallas_kernels.bench.machine import Ceilings
 from pallas_kernels.bench.options import Options
 from pallas_kernels.bench.record import Record
 from pallas_kernels.bench.timing import Entrant, Timing, device_lock, time_in_turns
@@ -214,8 +214,12 @@ class _Work:
             self.note("began", self.record())  # to compile, once more
             with self.attempt(f"tiles of {asked.kernel}"):
                 rows = search.time_tiles(
-                    *(self.case, asked, self.inputs, self.options),
-                    *(self.device, self.errors),
+                    self.case,
+                    asked,
+                    self.inputs,
+                    self.options,
+                    self.device,
+                    self.errors,
                 )
                 self.searches.append(
                     {

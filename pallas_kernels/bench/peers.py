@@ -43,7 +43,7 @@ def jax_peers(case: Case) -> dict[str, Callable]:
     plain = not any(call.get(name) for name in ("packed", "sinks"))
     if case.operation == "attention" and plain and call:
 
-        def attend(q_BTNH, k_BSKH, v_BSKH, *_):
+        def forward(q_BTNH, k_BSKH, v_BSKH, *_):
             return tokamax.dot_product_attention(
                 q_BTNH,
                 k_BSKH,
@@ -54,11 +54,11 @@ def jax_peers(case: Case) -> dict[str, Callable]:
                 implementation="mosaic",
             )
 
-        def attend_and_back(q_BTNH, k_BSKH, v_BSKH, dout_BTNH):
-            return jax.vjp(attend, q_BTNH, k_BSKH, v_BSKH)[1](dout_BTNH)
+        def forward_backward(q_BTNH, k_BSKH, v_BSKH, dout_BTNH):
+            return jax.vjp(forward, q_BTNH, k_BSKH, v_BSKH)[1](dout_BTNH)
 
-        forward = call["direction"] == "forward"
-        return {"tokamax": attend if forward else attend_and_back}
+        is_forward = call["direction"] == "forward"
+        return {"tokamax": forward if is_forward else forward_backward}
     if case.operation == "grouped_matmul" and case.name.startswith("product"):
 
         def multiply(x, w, group_sizes, *_):
@@ -203,15 +203,23 @@ def _cross_entropy(torch: Any, call: dict[str, Any]) -> dict[str, Callable]:
         ops = importlib.import_module("liger_kernel.ops")
         function = ops.LigerFusedLinearCrossEntropyFunction
 
-        def run():
+        def loss_and_gradients():
             loss = function.apply(
-                *(x_TD, w_VD, targets_T, None, None, NO_TARGET),
-                *(call.get("z_loss", 0.0), 0.0, "sum", call.get("softcap")),
+                x_TD,
+                w_VD,
+                targets_T,
+                None,
+                None,
+                NO_TARGET,
+                call.get("z_loss", 0.0),
+                0.0,
+                "sum",
+                call.get("softcap"),
             )
             loss = loss[0] if isinstance(loss, tuple) else loss
             return torch.autograd.grad(loss, (x_TD, w_VD))
 
-        return run
+        return loss_and_gradients
 
     plain = not call.get("z_loss") and not call.get("softcap")
     return ({"torch-compile": with_torch} if plain else {}) | {"liger": with_liger}
@@ -232,11 +240,11 @@ def _directed(torch: Any, direction: str, forward: Callable, leaves: tuple):
     """Returns the forward pass, the backward pass alone, or both."""
     if direction == "forward":
 
-        def run():
+        def without_gradients():
             with torch.no_grad():
                 return forward()
 
-        return run
+        return without_gradients
     for leaf in leaves:
         leaf.requires_grad_()
     outs = forward()

@@ -8,7 +8,6 @@ holds it, it is done. Several workers compile at the same time; what is timed ho
 lock, so that nothing else runs meanwhile.
 """
 
-import importlib
 import itertools
 import json
 import os
@@ -22,7 +21,7 @@ from pallas_kernels.bench.measure import DeviceLost, measure
 from pallas_kernels.bench.options import Options
 from pallas_kernels.bench.record import Record, read_events
 from pallas_kernels.bench.supervisor import LOST
-from pallas_kernels.case import Case
+from pallas_kernels.case import Case, find_cases
 
 
 def run_cases(options: Options, first: int, stride: int) -> None:
@@ -63,7 +62,7 @@ def in_order(options: Options) -> list[Case]:
     parts = options.part.split(",")
     first, others = [], []
     for operation in options.operations:
-        cases = find_cases(operation, options.dry)
+        cases = find_cases(operation, tiny=options.dry)
         cases = [c for c in cases if any(part in c.name for part in parts)]
         cheap = one_of_each_kind(cases)
         first.append(cheap)
@@ -74,12 +73,6 @@ def in_order(options: Options) -> list[Case]:
 def _take_turns(lists: Sequence[Sequence[Case]]) -> list[Case]:
     turns = itertools.zip_longest(*lists)
     return [case for turn in turns for case in turn if case is not None]
-
-
-def find_cases(operation: str, dry: bool) -> list[Case]:
-    """Returns the cases of an operation, or the tiny ones of a dry run."""
-    module = importlib.import_module(f"pallas_kernels.{operation}.cases")
-    return module.tiny_cases() if dry else module.cases()
 
 
 def one_of_each_kind(cases: Sequence[Case]) -> list[Case]:

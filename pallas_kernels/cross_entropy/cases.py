@@ -7,19 +7,18 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.case import Case, Search
-from pallas_kernels.cross_entropy import tiles
+from pallas_kernels.case import Case, Search, draw_normal
 from pallas_kernels.cross_entropy.hopper.kernels import exponentials, make_gradient
 from pallas_kernels.cross_entropy.op import linear_cross_entropy
-from pallas_kernels.cross_entropy.tiles import DEFAULTS, EXPONENTIALS, GRADIENT, Tile
-
-TILES = {
-    EXPONENTIALS: tuple(
-        Tile(vector=vector, loads=loads)
-        for vector, loads in ((4, 2), (4, 4), (4, 6), (4, 8), (8, 2), (8, 3), (8, 4))
-    ),
-    GRADIENT: tuple(Tile(vector=8, loads=loads) for loads in (1, 2, 4, 8)),
-}
+from pallas_kernels.cross_entropy.tiles import (
+    EXPONENTIALS,
+    GRADIENT,
+    TILES,
+    Tile,
+    find_tile,
+    fit,
+)
+from pallas_kernels.target import H200
 
 
 def cases() -> list[Case]:
@@ -56,7 +55,7 @@ def _loss(
     z_loss: float = 0.0,
     chunk_tokens: int = 2048,
 ) -> Case:
-    def run(implementation, x_TD, w, targets_T):
+    def loss(implementation, x_TD, w, targets_T):
         return linear_cross_entropy(
             x_TD,
             w,
@@ -71,8 +70,8 @@ def _loss(
 
     def make(key):
         keys = jax.random.split(key, 3)
-        x_TD = jax.random.normal(keys[0], (num_tokens, d), jnp.bfloat16)
-        w = jax.random.normal(keys[1], shape, jnp.bfloat16) * d**-0.5
+        x_TD = draw_normal(keys[0], (num_tokens, d), jnp.bfloat16)
+        w = (d**-0.5 * draw_normal(keys[1], shape, jnp.float32)).astype(jnp.bfloat16)
         targets_T = jax.random.randint(keys[2], (num_tokens,), -1, num_words, jnp.int32)
         return x_TD, w, targets_T
 
@@ -80,11 +79,11 @@ def _loss(
     return Case(
         operation="cross_entropy",
         name=f"backward-{name}",
-        functions={name: functools.partial(run, name) for name in ("mosaic", "xla")},
+        functions={name: functools.partial(loss, name) for name in ("mosaic", "xla")},
         inputs=tuple(jax.eval_shape(make, jax.random.key(0))),
         flops=6.0 * num_tokens * d * num_words,
         num_bytes=4.0 * num_tokens * d + (2.0 + 4.0) * d * num_words,
-        tile=tiles.fit(DEFAULTS[EXPONENTIALS], num_words),
+        tile=find_tile(H200, EXPONENTIALS, num_words),
         make_inputs=make,
         call=dict(direction="backward", softcap=softcap, z_loss=z_loss),
         gemms=("mosaic", "xla"),
@@ -95,12 +94,12 @@ def _between(
     kernel: str, rows: int, num_words: int, *, softcap: float | None = None
 ) -> Case:
     """From logits to their logsumexp and gradient, with a search for one kernel."""
-    shipped = {name: tiles.fit(tile, num_words) for name, tile in DEFAULTS.items()}
+    shipped = {name: find_tile(H200, name, num_words) for name in TILES}
 
-    def run_tile(tile: Tile) -> Callable:
+    def with_tile(tile: Tile) -> Callable:
         chosen = shipped | {kernel: tile}
 
-        def run(logits_TV, targets_T):
+        def kernels(logits_TV, targets_T):
             e = jax.new_ref(jax.lax.empty(logits_TV.shape, jnp.bfloat16))
             reference_T, total_T = exponentials(
                 logits_TV,
@@ -121,9 +120,9 @@ def _between(
             )
             return lse_T, e[...]
 
-        return run
+        return kernels
 
-    def run_plain(logits_TV, targets_T, dtype=jnp.bfloat16):
+    def plain(logits_TV, targets_T, dtype=jnp.bfloat16):
         logits_TV, slope_TV = _capped(logits_TV, softcap)
         lse_T = jax.nn.logsumexp(logits_TV, axis=-1)
         words_1V = jnp.arange(num_words, dtype=jnp.int32)[None]
@@ -133,30 +132,32 @@ def _between(
 
     def make(key):
         keys = jax.random.split(key)
-        logits_TV = 4 * jax.random.normal(keys[0], (rows, num_words), jnp.float32)
+        logits_TV = 4 * draw_normal(keys[0], (rows, num_words), jnp.float32)
         return logits_TV, jax.random.randint(keys[1], (rows,), 0, num_words, jnp.int32)
 
     name = f"{kernel.removeprefix('cross_entropy_')}-{rows}x{num_words}"
     return Case(
         operation="cross_entropy",
         name=name if softcap is None else f"{name}-softcap",
-        functions={"mosaic": run_tile(shipped[kernel]), "xla": run_plain},
+        functions={"mosaic": with_tile(shipped[kernel]), "xla": plain},
         inputs=tuple(jax.eval_shape(make, jax.random.key(0))),
         flops=0.0,
         num_bytes=(4.0 + 2.0) * rows * num_words,
         tile=shipped[kernel],
         make_inputs=make,
         call=dict(direction="between"),
-        reference=functools.partial(run_plain, dtype=jnp.float32),
+        reference=functools.partial(plain, dtype=jnp.float32),
         searches=(
             Search(
                 kernel=kernel,
                 call={},
                 tiles=tuple(
-                    dict.fromkeys(tiles.fit(t, num_words) for t in TILES[kernel])
+                    dict.fromkeys(
+                        fit(tile, num_words) for tile in TILES[kernel].candidates
+                    )
                 ),
                 shipped=shipped[kernel],
-                function=run_tile,
+                function=with_tile,
             ),
         ),
     )

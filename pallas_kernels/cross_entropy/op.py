@@ -3,11 +3,11 @@
 
 import jax
 
-from pallas_kernels.choice import Choice, Implementation, choose
+from pallas_kernels.choice import Choice, Implementation, Shaped, choose
 from pallas_kernels.cross_entropy.hopper.chunked import chunked_cross_entropy
 from pallas_kernels.cross_entropy.reference import Terms, reference_cross_entropy
 from pallas_kernels.cross_entropy.tiles import LEAST_WORDS, VECTOR
-from pallas_kernels.target import Target, current_target
+from pallas_kernels.target import current_target
 
 NAME = "linear_cross_entropy"
 
@@ -28,7 +28,7 @@ def linear_cross_entropy(
     """Returns the summed loss of softmax(softcap(x w)) and, if asked, its gradients.
 
     The gradients are made in the same pass as the loss, while a chunk's logits exist:
-    no logits are kept, and none are made twice.
+    no logits are kept, and none are recomputed.
 
     Args:
       x_TD: bfloat16 or float32, the tokens of this device.
@@ -39,7 +39,7 @@ def linear_cross_entropy(
       softcap: c * tanh(logits / c); None is off.
       chunk_tokens: tokens for which something as large as the vocabulary exists at one
         time. Each chunk reads and writes all of dw once.
-      vocab_axes: mesh axes that cut V; this runs inside `shard_map` if there are any.
+      vocab_axes: mesh axes that shard V; with any, this runs inside `shard_map`.
       implementation: "auto" takes what `choose_cross_entropy` says for this device.
 
     Raises:
@@ -50,14 +50,11 @@ def linear_cross_entropy(
     (arXiv:2410.10989).
     """
     _check(x_TD, w, targets_T, letters, z_loss, softcap, chunk_tokens)
-    choice = choose_cross_entropy(
-        implementation,
-        current_target(),
-        dtype=str(x_TD.dtype),
-        num_words=w.shape[letters.index("V")],
+    chosen, _ = choose_cross_entropy(
+        x_TD, w, letters=letters, implementation=implementation
     )
-    run = dict(xla=reference_cross_entropy, mosaic=chunked_cross_entropy)
-    return run[choice.implementation](
+    functions = dict(xla=reference_cross_entropy, mosaic=chunked_cross_entropy)
+    return functions[chosen](
         x_TD,
         w,
         targets_T,
@@ -71,20 +68,23 @@ def linear_cross_entropy(
 
 
 def choose_cross_entropy(
-    implementation: Implementation, target: Target, *, dtype: str, num_words: int
+    x_TD: Shaped,
+    w: Shaped,
+    *,
+    letters: str,
+    implementation: Implementation = "auto",
 ) -> Choice:
     """Returns the implementation to run and the reason, for a log.
 
     Args:
-      implementation: the one asked for.
-      target: of `current_target`.
-      dtype: of x and w.
-      num_words: of the vocabulary, on a device.
+      x_TD: as the others, an argument of `linear_cross_entropy`.
 
     Raises:
       ValueError: there is no such implementation.
       NotImplementedError: it was named and cannot honour all that was asked.
     """
+    target, dtype = current_target(), str(x_TD.dtype)
+    num_words = w.shape[letters.index("V")]
     refused = {
         f"device {target.kind} (Hopper)": not target.is_hopper,
         f"dtype {dtype} (bfloat16)": dtype != "bfloat16",

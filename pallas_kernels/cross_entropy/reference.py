@@ -41,7 +41,7 @@ def reference_cross_entropy(
       z_loss: weight of the squared logsumexp (Chowdhery et al., arXiv:2204.02311).
       softcap: c * tanh(logits / c); None is off.
       chunk_tokens: tokens whose float32 logits exist at one time.
-      vocab_axes: mesh axes that cut V; this runs inside `shard_map` if there are any.
+      vocab_axes: mesh axes that shard V; with any, this runs inside `shard_map`.
 
     Source: the gradient in the forward pass follows Hsu et al., "Liger Kernel"
     (arXiv:2410.10989).

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a chunk of tokens, and a row of its logits, is cut: on record or by rule."""
+"""Tiles of the cross-entropy kernels, and how many rows of logits exist at once."""
 
 import dataclasses
 
-from pallas_kernels import tuning
 from pallas_kernels.target import Target
+from pallas_kernels.tuning import look_up
 
 # The kernels, in a profile and in `devices/<kind>.json`.
 EXPONENTIALS = "cross_entropy_exponentials"
@@ -34,17 +34,48 @@ class Tile:
         return WARPGROUP * self.vector * self.loads
 
 
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """The tiles that a kernel may run with."""
+
+    default: Tile  # where none is on record
+    candidates: tuple[Tile, ...]  # that a search times
+
+
 # Four blocks on a core, which is one for each of 512 rows, have 128 registers a thread.
-DEFAULTS = {
-    EXPONENTIALS: Tile(vector=4, loads=6),
-    GRADIENT: Tile(vector=8, loads=4),
+TILES = {
+    EXPONENTIALS: Tiles(
+        default=Tile(vector=4, loads=6),
+        candidates=(
+            Tile(vector=4, loads=2),
+            Tile(vector=4, loads=4),
+            Tile(vector=4, loads=6),
+            Tile(vector=4, loads=8),
+            Tile(vector=8, loads=2),
+            Tile(vector=8, loads=3),
+            Tile(vector=8, loads=4),
+        ),
+    ),
+    GRADIENT: Tiles(
+        default=Tile(vector=8, loads=4),
+        candidates=(
+            Tile(vector=8, loads=1),
+            Tile(vector=8, loads=2),
+            Tile(vector=8, loads=4),
+            Tile(vector=8, loads=8),
+        ),
+    ),
 }
 
 
 def find_tile(target: Target, kernel: str, num_words: int) -> Tile:
-    """Returns the tile for rows of num_words, which are at least `LEAST_WORDS`."""
-    found = tuning.find_tile(target, kernel, {})
-    return fit(Tile(**found) if found else DEFAULTS[kernel], num_words)
+    """Returns the tile for rows of num_words, which are at least `LEAST_WORDS`.
+
+    Args:
+      kernel: EXPONENTIALS or GRADIENT.
+    """
+    found = look_up(target, kernel, {})
+    return fit(Tile(**found) if found else TILES[kernel].default, num_words)
 
 
 def fit(tile: Tile, num_words: int) -> Tile:

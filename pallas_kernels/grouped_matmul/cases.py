@@ -9,15 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.case import Case, Search
+from pallas_kernels.case import Case, Search, draw_normal
 from pallas_kernels.grouped_matmul.op import rows_times_rows, rows_times_weights
-from pallas_kernels.grouped_matmul.tiles import Tile, untuned_tile
-
-TILES = tuple(
-    Tile(columns=columns, stages=stages, panel=panel)
-    for columns, stages in ((256, 4), (256, 3), (128, 4), (128, 6))
-    for panel in (4, 8, 16)
-)
+from pallas_kernels.grouped_matmul.tiles import CANDIDATES, Tile, untuned_tile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +91,7 @@ def _case(
     search = Search(
         kernel=kernel,
         call={"columns": columns},
-        tiles=TILES,
+        tiles=CANDIDATES,
         shipped=tile,
         function=run_tile,
     )
@@ -176,9 +170,9 @@ def _make_inputs(
     """Returns random operands, and groups as uneven as an untrained router's."""
     keys = jax.random.split(key, 3)
     x, y = (
-        jax.random.normal(k, dims, jnp.bfloat16)
+        draw_normal(k, dims, jnp.bfloat16)
         for k, dims in zip(keys, inputs, strict=False)
     )
-    shares_E = jax.nn.softmax(jax.random.normal(keys[2], (shape.experts,)))
+    shares_E = jax.nn.softmax(draw_normal(keys[2], (shape.experts,), jnp.float32))
     ends_E = jnp.round(jnp.cumsum(shares_E) * shape.rows).astype(jnp.int32)
     return x, y, jnp.diff(ends_E, prepend=jnp.zeros((1,), jnp.int32))

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.choice import Choice, Implementation, choose
-from pallas_kernels.grouped_matmul.hopper import schedule
+from pallas_kernels.choice import Choice, Implementation, Shaped, choose
+from pallas_kernels.grouped_matmul.hopper import groups
 from pallas_kernels.grouped_matmul.hopper.rows import multiply_rows
 from pallas_kernels.grouped_matmul.hopper.weights import multiply_weights
 from pallas_kernels.grouped_matmul.tiles import Tile, find_tile
@@ -38,21 +38,22 @@ def grouped_matmul(
 
     Returns:
       out_TF, dtype of x, named "grouped_matmul" for remat policies. Accumulation is
-      float32. The same bits every time, also of the gradients.
+      float32. Deterministic, gradients too.
 
     Raises:
       ValueError: shapes or dtypes that do not fit each other.
       NotImplementedError: the implementation cannot do what was asked.
     """
     _check(x_TD, w_EDF, group_sizes_E)
-    chosen = choose_grouped_matmul(x_TD, w_EDF, implementation).implementation
+    chosen, _ = choose_grouped_matmul(x_TD, w_EDF, implementation=implementation)
     out_TF = _grouped_matmul(x_TD, w_EDF, group_sizes_E, chosen)
     return checkpoint_name(out_TF, "grouped_matmul")
 
 
 def choose_grouped_matmul(
-    x_TD: jax.Array | jax.ShapeDtypeStruct,
-    w_EDF: jax.Array | jax.ShapeDtypeStruct,
+    x_TD: Shaped,
+    w_EDF: Shaped,
+    *,
     implementation: Implementation = "auto",
 ) -> Choice:
     """Returns the implementation to run and the reason, for a log.
@@ -91,9 +92,11 @@ def rows_times_weights(
         return _within_groups(out_TF, group_sizes_E).astype(x_TD.dtype)
     target, num_columns = current_target(), w_EDF.shape[1 if transposed else 2]
     tile = tile or find_tile(target, "grouped_matmul_rows", num_columns)
-    tiles = schedule.row_tiles(group_sizes_E, x_TD.shape[0], tile.rows)
+    tiles = groups.row_tiles(group_sizes_E, x_TD.shape[0], tile.rows)
     return multiply_rows(
-        *(x_TD, w_EDF, tiles),
+        x_TD,
+        w_EDF,
+        tiles,
         transposed=transposed,
         tile=tile,
         num_cores=target.num_cores,
@@ -133,9 +136,9 @@ def rows_times_rows(
         return out_EDF.astype(dtype)
     target = current_target()
     tile = tile or find_tile(target, "grouped_matmul_weights", y_TF.shape[1])
-    groups = schedule.groups_by_size(group_sizes_E, x_TD.shape[0])
+    by_size = groups.groups_by_size(group_sizes_E, x_TD.shape[0])
     return multiply_weights(
-        *(x_TD, y_TF, groups), dtype=dtype, tile=tile, num_cores=target.num_cores
+        x_TD, y_TF, by_size, dtype=dtype, tile=tile, num_cores=target.num_cores
     )
 
 
@@ -153,12 +156,14 @@ def _forward(x_TD, w_EDF, group_sizes_E, implementation):
 def _backward(implementation, residuals, dout_TF):
     x_TD, w_EDF, group_sizes_E = residuals
     dx_TD = rows_times_weights(
-        *(dout_TF, w_EDF.astype(x_TD.dtype), group_sizes_E),
+        dout_TF,
+        w_EDF.astype(x_TD.dtype),
+        group_sizes_E,
         implementation=implementation,
         transposed=True,
     )
     dw_EDF = rows_times_rows(
-        *(x_TD, dout_TF, group_sizes_E, w_EDF.dtype), implementation=implementation
+        x_TD, dout_TF, group_sizes_E, w_EDF.dtype, implementation=implementation
     )
     return dx_TD, dw_EDF, None
 

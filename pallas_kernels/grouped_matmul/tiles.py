@@ -3,8 +3,8 @@
 
 import dataclasses
 
-from pallas_kernels import tuning
 from pallas_kernels.target import Target
+from pallas_kernels.tuning import look_up
 
 # A wgmma has 64 rows, and two warpgroups share a tile.
 ROWS_PER_WARPGROUP = 64
@@ -14,7 +14,7 @@ DEPTH = 64  # of a step of the contraction: one 128-byte swizzle of a 16-bit dty
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """How a kernel cuts its output and how much it loads ahead."""
+    """How a kernel tiles its output, and how much it loads ahead."""
 
     columns: int = 256  # of the output, a multiple of 64; its rows are 128
     stages: int = 4  # steps of the contraction in shared memory
@@ -26,13 +26,21 @@ class Tile:
         return NUM_WARPGROUPS * ROWS_PER_WARPGROUP
 
 
+# That a search times; the default is `untuned_tile`, by rule.
+CANDIDATES = tuple(
+    Tile(columns=columns, stages=stages, panel=panel)
+    for columns, stages in ((256, 4), (256, 3), (128, 4), (128, 6))
+    for panel in (4, 8, 16)
+)
+
+
 def find_tile(target: Target, kernel: str, columns: int) -> Tile:
     """Returns the tile for an output of so many columns.
 
     Args:
       kernel: "grouped_matmul_rows" or "grouped_matmul_weights".
     """
-    found = tuning.find_tile(target, kernel, {"columns": columns})
+    found = look_up(target, kernel, {"columns": columns})
     return Tile(**found) if found else untuned_tile(columns)
 
 

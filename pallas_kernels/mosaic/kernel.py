@@ -41,12 +41,12 @@ def kernel(
         **options,
     )
 
-    def run(*operands: jax.Array) -> Any:
+    def call_once(*operands: jax.Array) -> Any:
         # Where a loop stacks a result that something else reads too, XLA would run the
         # kernel twice: once fused with the writing into the stack, once for the reader.
         return jax.tree.map(jax.lax.optimization_barrier, call(*operands))
 
-    return run
+    return call_once
 
 
 class Zeros:
@@ -75,11 +75,11 @@ def accumulate(body: Callable[..., None], *starts: jax.Array | Zeros) -> Any:
         ends = tuple(end.value for end in ends)
     elif len(starts) == 1 and isinstance(starts[0], Zeros):
 
-        def run(accumulator):
+        def product(accumulator):
             body(accumulator)
             return accumulator[...]
 
-        return pl.run_scoped(run, plgpu.ACC(starts[0].shape, jnp.float32))
+        return pl.run_scoped(product, plgpu.ACC(starts[0].shape, jnp.float32))
     else:
         refs = tuple(plgpu.ACC.init(_started(start)) for start in starts)
         ends = pl.run_state(lambda refs: body(*refs))(refs)
@@ -117,14 +117,14 @@ def accumulate_loop(
         start = jnp.zeros((rows, columns), jnp.float32)
         return jax.lax.fori_loop(0, num_steps, add, (start, carry))
 
-    def run(accumulator):
+    def products(accumulator):
         def add(step, carry):
             return body(accumulator, step, carry)
 
         ended = jax.lax.fori_loop(0, num_steps, add, carry)
         return accumulator[...], ended
 
-    return pl.run_scoped(run, plgpu.ACC((rows, columns), jnp.float32))
+    return pl.run_scoped(products, plgpu.ACC((rows, columns), jnp.float32))
 
 
 def wgmma(accumulator: Any, a: Any, b: Any) -> None:

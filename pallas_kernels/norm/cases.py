@@ -9,15 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.case import Case, Search
+from pallas_kernels.case import Case, Search, draw_normal
 from pallas_kernels.norm.hopper.backward import backward
 from pallas_kernels.norm.hopper.forward import forward
 from pallas_kernels.norm.op import layer_norm, rms_norm
 from pallas_kernels.norm.reference import layer_norm_reference, rms_norm_reference
-from pallas_kernels.norm.tiles import Tile, choose_tile, share, stage, with_slots
-from pallas_kernels.target import Target
+from pallas_kernels.norm.tiles import Tile, candidates, find_tile
+from pallas_kernels.target import H200
 
-H200 = Target("gpu", "NVIDIA H200", 132)
 EPS = 1e-6
 
 
@@ -64,7 +63,7 @@ def tiny_cases() -> list[Case]:
 
 
 def _forward(shape: Shape) -> Case:
-    def run(x_RD, scale_D, *others, implementation):
+    def norm(x_RD, scale_D, *others, implementation):
         residual = others[-1] if shape.residual else None
         options: Any = dict(eps=EPS, residual=residual, implementation=implementation)
         if shape.kind == "layer":
@@ -72,20 +71,22 @@ def _forward(shape: Shape) -> Case:
         return rms_norm(x_RD, scale_D, **options)
 
     def with_tile(tile: Tile) -> Callable:
-        def run(x_RD, scale_D, *others):
+        def forward_kernel(x_RD, scale_D, *others):
             residual = others[-1] if shape.residual else None
             bias_D = others[0] if shape.kind == "layer" else None
             *total, y_RD = forward(x_RD, residual, scale_D, bias_D, eps=EPS, tile=tile)
             return (y_RD, *total) if total else y_RD
 
-        return run
+        return forward_kernel
 
     x, scale = _abstract(shape)
     bias = (scale,) if shape.kind == "layer" else ()
     return _case(
-        *("forward", shape, with_tile),
-        mosaic=functools.partial(run, implementation="mosaic"),
-        xla=functools.partial(run, implementation="xla"),
+        "forward",
+        shape,
+        with_tile,
+        mosaic=functools.partial(norm, implementation="mosaic"),
+        xla=functools.partial(norm, implementation="xla"),
         inputs=(x, scale, *bias, *((x,) if shape.residual else ())),
         num_read=1 + shape.residual,
         num_written=1 + shape.residual,
@@ -93,7 +94,7 @@ def _forward(shape: Shape) -> Case:
 
 
 def _backward(shape: Shape) -> Case:
-    def run(x_RD, scale_D, dy_RD, *dsum):
+    def plain(x_RD, scale_D, dy_RD, *dsum):
         def normed(x_RD, scale_D):
             if shape.kind == "layer":
                 bias_D = jnp.zeros_like(scale_D)
@@ -104,23 +105,28 @@ def _backward(shape: Shape) -> Case:
         return sum(dsum, dx_RD), dscale_D
 
     def with_tile(tile: Tile) -> Callable:
-        def run(x_RD, scale_D, dy_RD, *dsum):
+        def backward_kernel(x_RD, scale_D, dy_RD, *dsum):
             gradients = backward(
-                *(x_RD, dy_RD, dsum[0] if dsum else None, scale_D),
+                x_RD,
+                dy_RD,
+                dsum[0] if dsum else None,
+                scale_D,
                 eps=EPS,
                 is_centered=shape.kind == "layer",
                 tile=tile,
             )
             return tuple(gradients[:2])
 
-        return run
+        return backward_kernel
 
     x, scale = _abstract(shape)
     return _case(
-        *("backward", shape, with_tile),
+        "backward",
+        shape,
+        with_tile,
         # The kernel alone: behind the op, the forward one would run with it.
         mosaic=with_tile(_tile("backward", shape, 2 + shape.residual)),
-        xla=run,
+        xla=plain,
         inputs=(x, scale, x, *((x,) if shape.residual else ())),
         num_read=2 + shape.residual,
         num_written=1,
@@ -162,7 +168,7 @@ def _case(
             Search(
                 kernel=f"norm_{direction}",
                 call=dict(width=shape.width, itemsize=2, num_operands=num_read),
-                tiles=_tiles(direction, tile, shape.width, 2 * num_read),
+                tiles=candidates(f"norm_{direction}", tile, shape.width, 2, num_read),
                 shipped=tile,
                 function=with_tile,
             ),
@@ -172,38 +178,9 @@ def _case(
 
 
 def _tile(direction: str, shape: Shape, num_read: int) -> Tile:
-    tile = choose_tile(H200, f"norm_{direction}", shape.width, 2, num_read)
+    tile = find_tile(H200, f"norm_{direction}", shape.width, 2, num_read)
     assert tile is not None
     return tile
-
-
-def _tiles(
-    direction: str, shipped: Tile, width: int, bytes_per_column: int
-) -> tuple[Tile, ...]:
-    """Returns the shipped tile, and others with more or fewer bytes in flight.
-
-    Also such as go past shared memory, with a block for every step if no totals are
-    carried: blocks that wait for their row beside others that write theirs.
-    """
-    tile = stage(f"norm_{direction}", width, 2)
-    assert tile is not None
-    cuts = [tile]
-    if not tile.is_narrow:
-        shared = (share(width, parts, widest=8, most=8) for parts in (2, 4, 8))
-        direct = [tile, *(cut for cut in shared if cut is not None)]
-        cuts += [dataclasses.replace(cut, staged=False, slots=1) for cut in direct]
-    direct_blocks = (0,) if direction == "forward" else (1, 2)
-    others = [
-        dataclasses.replace(cut, slots=slots, blocks_per_core=blocks)
-        for cut in cuts
-        for slots in ((2, 3, 4, 6, 8) if cut.staged else (cut.slots,))
-        for blocks in ((1, 2, 3, 4, 6, 8) if cut.staged else direct_blocks)
-        if blocks * cut.parts <= 8
-    ]
-    fitting = [
-        other for other in others if with_slots(other, bytes_per_column) == other
-    ]
-    return tuple(dict.fromkeys([shipped, *fitting]))
 
 
 def _make_inputs(
@@ -211,6 +188,5 @@ def _make_inputs(
 ) -> tuple[Any, ...]:
     keys = jax.random.split(key, len(inputs))
     return tuple(
-        jax.random.normal(k, x.shape, x.dtype)
-        for k, x in zip(keys, inputs, strict=True)
+        draw_normal(k, x.shape, x.dtype) for k, x in zip(keys, inputs, strict=True)
     )

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.choice import Choice, Implementation, choose
+from pallas_kernels.choice import Choice, Implementation, Shaped, choose
 from pallas_kernels.norm.hopper.backward import backward
 from pallas_kernels.norm.hopper.forward import forward
 from pallas_kernels.norm.reference import layer_norm_reference, rms_norm_reference
-from pallas_kernels.norm.tiles import COPY_BYTES, Tile, choose_tile
+from pallas_kernels.norm.tiles import BACKWARD, COPY_BYTES, FORWARD, Tile, find_tile
 from pallas_kernels.target import Target, current_target
 
 
@@ -39,7 +39,7 @@ def rms_norm(
 
     Returns:
       y, dtype of x, or (y, x + residual), named "norm" and "norm_sum" for remat
-      policies. All between is float32. Gradients have the same bits every time.
+      policies. All between is float32. Gradients are deterministic.
 
     Raises:
       ValueError: shapes or dtypes that do not fit each other.
@@ -49,7 +49,7 @@ def rms_norm(
     (arXiv:1910.07467).
     """
     _check("rms_norm", x, residual, eps, scale=scale)
-    chosen = choose_norm(x, implementation, has_residual=residual is not None)
+    chosen = choose_norm(x, residual=residual, implementation=implementation)
     if chosen.implementation == "mosaic":
         weight = scale.astype(jnp.float32) + offset
         return _kernels(x, residual, weight, None, eps)
@@ -72,7 +72,7 @@ def layer_norm(
     Source: Ba et al., "Layer Normalization" (arXiv:1607.06450).
     """
     _check("layer_norm", x, residual, eps, scale=scale, bias=bias)
-    chosen = choose_norm(x, implementation, has_residual=residual is not None)
+    chosen = choose_norm(x, residual=residual, implementation=implementation)
     if chosen.implementation == "mosaic":
         scale, bias = scale.astype(jnp.float32), bias.astype(jnp.float32)
         return _kernels(x, residual, scale, bias, eps)
@@ -82,10 +82,10 @@ def layer_norm(
 
 
 def choose_norm(
-    x: jax.Array | jax.ShapeDtypeStruct,
-    implementation: Implementation = "auto",
+    x: Shaped,
     *,
-    has_residual: bool = False,
+    residual: Shaped | None = None,
+    implementation: Implementation = "auto",
 ) -> Choice:
     """Returns the implementation to run and the reason, for a log.
 
@@ -96,7 +96,7 @@ def choose_norm(
       ValueError: there is no such implementation.
       NotImplementedError: it was named and cannot honour all that was asked.
     """
-    refusals = _mosaic_refusals(current_target(), x, has_residual)
+    refusals = _mosaic_refusals(current_target(), x, residual is not None)
     slower = {}
     if not refusals and x.shape[-1] * x.dtype.itemsize % COPY_BYTES:
         slower["mosaic"] = f"mosaic: plain JAX is faster at width {x.shape[-1]}"
@@ -113,7 +113,7 @@ def _kernels(x, residual, weight_D, bias_D, eps):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _norm(x_RD, residual_RD, weight_D, bias_D, eps):
-    tile = forward_tile(x_RD, residual_RD is not None)
+    tile = _tile(FORWARD, x_RD, 1 + (residual_RD is not None))
     *total, y_RD = forward(x_RD, residual_RD, weight_D, bias_D, eps=eps, tile=tile)
     return (y_RD, *total)
 
@@ -130,7 +130,7 @@ def _forward(x_RD, residual_RD, weight_D, bias_D, eps):
 def _backward(eps, saved, gradients):
     x_RD, weight_D, is_centered, has_residual = saved
     dy_RD, *dsum = gradients
-    tile = backward_tile(x_RD, has_residual)
+    tile = _tile(BACKWARD, x_RD, 2 + has_residual)
     dx_RD, dweight_D, *dbias = backward(
         x_RD,
         dy_RD,
@@ -147,19 +147,9 @@ def _backward(eps, saved, gradients):
 _norm.defvjp(_forward, _backward)
 
 
-def forward_tile(x: jax.Array | jax.ShapeDtypeStruct, has_residual: bool) -> Tile:
-    """Returns the tile of the forward kernel for x of a width that it can do."""
-    return _tile("norm_forward", x, 1 + has_residual)
-
-
-def backward_tile(x: jax.Array | jax.ShapeDtypeStruct, has_residual: bool) -> Tile:
-    """Returns the tile of the backward kernel for x of a width that it can do."""
-    return _tile("norm_backward", x, 2 + has_residual)
-
-
-def _tile(kernel, x, num_operands) -> Tile:
-    width, itemsize = x.shape[-1], x.dtype.itemsize
-    tile = choose_tile(current_target(), kernel, width, itemsize, num_operands)
+def _tile(kernel: str, x_RD: jax.Array, num_operands: int) -> Tile:
+    width, itemsize = x_RD.shape[-1], x_RD.dtype.itemsize
+    tile = find_tile(current_target(), kernel, width, itemsize, num_operands)
     assert tile is not None, "choose_norm refuses what no tile can do"
     return tile
 
@@ -167,8 +157,8 @@ def _tile(kernel, x, num_operands) -> Tile:
 def _mosaic_refusals(target: Target, x, has_residual: bool) -> list[str]:
     width, itemsize = x.shape[-1], x.dtype.itemsize
     tiles = (
-        choose_tile(target, "norm_forward", width, itemsize, 1 + has_residual),
-        choose_tile(target, "norm_backward", width, itemsize, 2 + has_residual),
+        find_tile(target, FORWARD, width, itemsize, 1 + has_residual),
+        find_tile(target, BACKWARD, width, itemsize, 2 + has_residual),
     )
     found = {
         f"platform {target.platform}": target.platform != "gpu",

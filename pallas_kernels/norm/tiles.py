@@ -1,11 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a norm is cut up: the rows of a step, and a row among threads."""
+"""Tiles of the norms' kernels: which columns of a row each thread has, by rule.
+
+Five integers place a row. Several warpgroups share it if it is wide, each thread has
+`vector` neighbouring columns, and what is beyond one such load is a further piece:
+
+    row    | part 0        | part 1        |  of `parts` warpgroups
+    part   | 0 | 1 | 2 | 3 |                  if parts > 1: a quarter for each warp
+    line   | piece | piece | piece |          `num_pieces` of `piece` columns each
+    piece  | 0 | 1 | 2 | .. | 0 | 1 | ..      `vector` columns a thread, `lanes` threads
+
+A line is a quarter, or the whole row if parts is 1. The other fields are how many rows
+are on their way at once: `rows` of a step, `slots` for steps, blocks of a core.
+"""
 
 import dataclasses
 import math
 
 from pallas_kernels.target import Target
-from pallas_kernels.tuning import find_tile
+from pallas_kernels.tuning import look_up
+
+# The kernels, in `devices/<kind>.json`.
+FORWARD = "norm_forward"
+BACKWARD = "norm_backward"
 
 WARPGROUP = 128  # threads
 SHARED_BYTES = 224 * 1024  # of a core, less what the system and barriers take
@@ -15,7 +31,7 @@ COPY_BYTES = 16  # bulk copies move multiples of this, from and to multiples of 
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """The cut of a norm over rows of one width.
+    """How a norm divides rows of one width; the module's docstring has a picture.
 
     Rows are narrow: several to a warpgroup, and no sum leaves its warp. Or wide: one to
     a warpgroup. Or shared by several warpgroups, in quarters: one quarter of the
@@ -60,38 +76,68 @@ class Tile:
         return min(255, 65536 // (WARPGROUP * self.parts * blocks))
 
 
-def choose_tile(
+def find_tile(
     target: Target, kernel: str, width: int, itemsize: int, num_operands: int
 ) -> Tile | None:
     """Returns the tile for rows of a width, or None if these kernels cannot.
 
     Args:
-      kernel: "norm_forward" or "norm_backward".
+      kernel: FORWARD or BACKWARD.
       itemsize: bytes of an element.
       num_operands: arrays read, each of which takes its place in every slot.
     """
     tile = stage(kernel, width, itemsize)
     if tile is None:
         return None
-    if kernel == "norm_forward" and num_operands > 1:
+    if kernel == FORWARD and num_operands > 1:
         tile = _direct(width, itemsize) or tile
     call = {"width": width, "itemsize": itemsize, "num_operands": num_operands}
-    tile = dataclasses.replace(tile, **find_tile(target, kernel, call))
+    tile = dataclasses.replace(tile, **look_up(target, kernel, call))
     return with_slots(tile, itemsize * num_operands)
 
 
-def stage(kernel: str, width: int, itemsize: int) -> Tile | None:
-    """Cuts rows to go through a ring of slots, if they can be cut at all.
+def candidates(
+    kernel: str, shipped: Tile, width: int, itemsize: int, num_operands: int
+) -> tuple[Tile, ...]:
+    """Returns the shipped tile, and others with more or fewer bytes in flight.
 
-    Rows whose bytes are no multiple of 16 are cut like that too, but not staged.
+    Also such as go past shared memory, with a block for every step if no totals are
+    carried: blocks that wait for their row beside others that write theirs.
+    """
+    tile = stage(kernel, width, itemsize)
+    assert tile is not None
+    cuts = [tile]
+    if not tile.is_narrow:
+        shared = (share(width, parts, widest=8, most=8) for parts in (2, 4, 8))
+        direct = [tile, *(cut for cut in shared if cut is not None)]
+        cuts += [dataclasses.replace(cut, staged=False, slots=1) for cut in direct]
+    direct_blocks = (0,) if kernel == FORWARD else (1, 2)
+    others = [
+        dataclasses.replace(cut, slots=slots, blocks_per_core=blocks)
+        for cut in cuts
+        for slots in ((2, 3, 4, 6, 8) if cut.staged else (cut.slots,))
+        for blocks in ((1, 2, 3, 4, 6, 8) if cut.staged else direct_blocks)
+        if blocks * cut.parts <= 8
+    ]
+    bytes_per_column = itemsize * num_operands
+    fitting = [
+        other for other in others if with_slots(other, bytes_per_column) == other
+    ]
+    return tuple(dict.fromkeys([shipped, *fitting]))
+
+
+def stage(kernel: str, width: int, itemsize: int) -> Tile | None:
+    """Returns the tile of rows that go through a ring of slots, None if there is none.
+
+    Rows whose bytes are no multiple of 16 have the same tile, but not staged.
     """
     # Totals of narrow rows are float32, and a thread stores 16 bytes of them at most.
-    widest = 16 // itemsize if kernel == "norm_forward" else 4
+    widest = 16 // itemsize if kernel == FORWARD else 4
     tile = _narrow(width, itemsize, widest) or _shared(width) or _wide(width, itemsize)
     if tile is None:
         return None
     # A thread of the backward kernel holds twice as much, so fewer fit on a core.
-    most = 4 if kernel == "norm_forward" else 2 + 2 * (tile.columns <= 16)
+    most = 4 if kernel == FORWARD else 2 + 2 * (tile.columns <= 16)
     return dataclasses.replace(tile, blocks_per_core=max(1, most // tile.parts))
 
 
@@ -109,7 +155,7 @@ def with_slots(tile: Tile, bytes_per_column: int) -> Tile | None:
 
 
 def _narrow(width: int, itemsize: int, widest: int) -> Tile | None:
-    """Cuts rows so that 8, 16 or 32 threads share one, if the width allows."""
+    """Divides rows so that 8, 16 or 32 threads share one, if the width allows."""
     for vector in (8, 4, 2, 1):
         for lanes in (32, 16, 8):
             piece = lanes * vector
@@ -132,7 +178,7 @@ def _narrow(width: int, itemsize: int, widest: int) -> Tile | None:
 
 
 def _shared(width: int) -> Tile | None:
-    """Cuts a row among two or four warpgroups, if it is too wide for one."""
+    """Divides a row among two or four warpgroups, if it is too wide for one."""
     for parts, most in ((2, 16), (4, 8)):  # elements of a piece that registers allow
         if 16 * WARPGROUP * parts < width <= 48 * WARPGROUP * parts:
             tile = share(width, parts, widest=4, most=most)
@@ -158,7 +204,7 @@ def _direct(width: int, itemsize: int) -> Tile | None:
 
 
 def share(width: int, parts: int, *, widest: int, most: int) -> Tile | None:
-    """Cuts a row among warpgroups, or returns None if they cannot have equal parts.
+    """Divides a row among warpgroups, or returns None if they cannot have equal parts.
 
     Args:
       widest: neighbouring elements of a thread, at most; a power of 2.

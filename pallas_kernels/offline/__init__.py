@@ -2,27 +2,23 @@
 """Compilation for GPUs that are not there, and the record of what kernels take."""
 
 from pallas_kernels.offline.compile import (
-    OPERATIONS,
     TOOLCHAIN_VARIABLE,
     Compiled,
     Resources,
     compile_in_subprocess,
     described_devices,
     described_mesh,
-    find_cases,
     run_python,
     toolchain,
 )
 
 __all__ = [
-    "OPERATIONS",
     "TOOLCHAIN_VARIABLE",
     "Compiled",
     "Resources",
     "compile_in_subprocess",
     "described_devices",
     "described_mesh",
-    "find_cases",
     "run_python",
     "toolchain",
 ]

@@ -10,11 +10,10 @@ plugin of jax, `ptxas`, libdevice and `nvdisasm`, but no driver and no GPU:
 import sys
 from collections.abc import Sequence
 
+from pallas_kernels.case import OPERATIONS, find_cases
 from pallas_kernels.offline.compile import (
-    OPERATIONS,
     compile_case,
     compile_in_subprocess,
-    find_cases,
     format_resources,
 )
 

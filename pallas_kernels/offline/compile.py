@@ -2,7 +2,6 @@
 """Compilation for NVIDIA GPUs on a machine without one, and what the compiler says."""
 
 import dataclasses
-import importlib
 import os
 import re
 import subprocess
@@ -19,7 +18,6 @@ from jax.experimental import topologies
 from pallas_kernels.case import Case
 from pallas_kernels.tuning import DEVICES
 
-OPERATIONS = ("attention", "norm", "cross_entropy", "grouped_matmul", "quantize")
 TOOLCHAIN_VARIABLE = "PALLAS_KERNELS_CUDA"
 
 Candidate = tuple[int, int]  # number of a search of a case, and of a tile of it
@@ -98,12 +96,6 @@ def compile_case(
     ]
     with jax.set_mesh(mesh):
         return jax.jit(function).lower(*arguments).compile()
-
-
-def find_cases(operation: str, part: str = "") -> list[Case]:
-    """Returns the cases of an operation whose name contains part."""
-    module = importlib.import_module(f"pallas_kernels.{operation}.cases")
-    return [case for case in module.cases() if part in case.name]
 
 
 def toolchain() -> Path | None:
@@ -214,9 +206,9 @@ def format_resources(rows: Sequence[tuple[Case, Resources]]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for case, r in rows:
-        cells = (
-            *(case.name, r.kernel, case.tile, r.registers, r.spill_bytes),
-            *(r.shared_bytes, r.hgmma, "yes" if r.serialized_wgmma else "no"),
+        lines.append(
+            f"| {case.name} | {r.kernel} | {case.tile} | {r.registers} "
+            f"| {r.spill_bytes} | {r.shared_bytes} | {r.hgmma} "
+            f"| {'yes' if r.serialized_wgmma else 'no'} |"
         )
-        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)

@@ -20,14 +20,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pallas_kernels.case import Case, Search
+from pallas_kernels.case import OPERATIONS, Case, Search, find_cases
 from pallas_kernels.mosaic import interpreter
 from pallas_kernels.offline.compile import (
-    OPERATIONS,
     Compiled,
     Resources,
     compile_in_subprocess,
-    find_cases,
     format_resources,
 )
 from pallas_kernels.tuning import DEVICES

@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.case import Case
+from pallas_kernels.case import Case, draw_normal
 from pallas_kernels.quantize.op import quantize
 from pallas_kernels.quantize.reference import BLOCK, Scaling
 
@@ -39,7 +39,7 @@ def _case(scaling: Scaling, rows: int, columns: int, *, transpose: bool) -> Case
     name = f"{scaling.partition('_')[0]}-{rows}x{columns}"
 
     def make_inputs(key: jax.Array) -> tuple[jax.Array]:
-        return (jax.random.normal(key, shape.shape, shape.dtype),)
+        return (draw_normal(key, shape.shape, shape.dtype),)
 
     def reference(x):
         # Narrowed as the kernels' input is: there is one right result, to the bit.

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pallas_kernels.choice import Choice, Implementation, choose
+from pallas_kernels.choice import Choice, Implementation, Shaped, choose
 from pallas_kernels.quantize.hopper.kernel import quantize_tiles
 from pallas_kernels.quantize.reference import (
     BLOCK,
@@ -61,7 +61,9 @@ def quantize(
     """
     dtype = jnp.dtype(dtype)
     _check(x_TD, scaling, dtype, amax)
-    chosen = choose_quantize(x_TD, transpose, implementation).implementation
+    chosen, _ = choose_quantize(
+        x_TD, transpose=transpose, implementation=implementation
+    )
     if chosen == "xla":
         return quantize_reference(
             x_TD,
@@ -93,7 +95,8 @@ def quantize(
 
 
 def choose_quantize(
-    x_TD: jax.Array | jax.ShapeDtypeStruct,
+    x_TD: Shaped,
+    *,
     transpose: bool = False,
     implementation: Implementation = "auto",
 ) -> Choice:

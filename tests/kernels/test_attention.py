@@ -99,7 +99,7 @@ def test_the_log_sum_is_that_of_the_logits_in_sight():
     mask_BTS = np.random.default_rng(3).random((B, T, T)) < 0.2
     mask_BTS[0, 3] = False
     _, lse_BNT = masked_attention(
-        *(q, k, v, jnp.asarray(mask_BTS), None), softcap=None, scale=1.0
+        q, k, v, jnp.asarray(mask_BTS), None, softcap=None, scale=1.0
     )
     k_BSNH = np.asarray(k).repeat(N // K, axis=2)
     logits_BNTS = np.einsum("BTNH,BSNH->BNTS", q, k_BSNH)

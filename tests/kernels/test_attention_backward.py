@@ -13,7 +13,7 @@ import pytest
 from pallas_kernels import mosaic
 from pallas_kernels.attention import ranges
 from pallas_kernels.attention.hopper import backward_fused as fused
-from pallas_kernels.attention.hopper import backward_split as split
+from pallas_kernels.attention.hopper.passes import backward_split
 from pallas_kernels.attention.reference import masked_attention
 from pallas_kernels.attention.tiles import (
     BackwardTile,
@@ -32,7 +32,7 @@ RAGGED = (1, 200, 150, 2, 1, 64)  # B, T, S, N, K, H: whole tiles of neither
 
 @functools.partial(jax.jit, static_argnames=("softcap", "scale"))
 def run_split(*inputs, softcap, scale):
-    return split.backward(*inputs, softcap=softcap, scale=scale, tile=SPLIT)
+    return backward_split(*inputs, softcap=softcap, scale=scale, tile=SPLIT)
 
 
 @functools.partial(jax.jit, static_argnames=("softcap", "scale"))

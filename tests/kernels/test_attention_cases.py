@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from pallas_kernels.attention import cases
-from pallas_kernels.attention.cases import shapes
 
 CASES = {case.name: case for case in cases.cases()}
 
@@ -17,7 +16,7 @@ def test_every_case_has_its_own_name_and_the_kernel():
 
 
 def test_only_products_in_sight_count():
-    b, t, n, _, h = shapes.MHA[128]
+    b, t, n, _, h = cases.MHA[128]
     causal = 4 * b * n * h * t * (t + 1) / 2
     assert CASES["forward-h128-causal-8k"].flops == causal
     assert CASES["forward-backward-h128-causal-8k"].flops == 3.5 * causal

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from pallas_kernels import mosaic
 from pallas_kernels.attention import ranges
-from pallas_kernels.attention.hopper import forward as kernel
-from pallas_kernels.attention.hopper import forward_plan
+from pallas_kernels.attention.hopper import query_tiles
+from pallas_kernels.attention.hopper.forward import forward_kernel
 from pallas_kernels.attention.reference import masked_attention
 from pallas_kernels.attention.tiles import ForwardTile
 
@@ -25,7 +25,7 @@ EPS = float(np.finfo(np.float32).eps)
 
 @functools.partial(jax.jit, static_argnames=("softcap", "scale", "tile"))
 def forward(*inputs, softcap, scale, tile=TILE):
-    return kernel.forward(*inputs, softcap=softcap, scale=scale, tile=tile)
+    return forward_kernel(*inputs, softcap=softcap, scale=scale, tile=tile)
 
 
 @functools.partial(jax.jit, static_argnames=("softcap", "scale"))
@@ -207,13 +207,13 @@ def test_a_sink_of_any_size_is_right():
 @pytest.mark.parametrize("pairs", [(1, 1), (2, 3)])
 def test_every_head_and_tile_has_one_block(pairs, monkeypatch):
     b, k = pairs
-    monkeypatch.setattr(forward_plan, "L2_BYTES", 2**20)
-    plan = forward_plan.Plan((b, 520, 2 * k, 64), (b, 2048, k, 64), 1.0, None, TILE)
-    found = jax.vmap(lambda i: tuple(vars(plan.place(i)).values()))(
-        jnp.arange(plan.num_blocks, dtype=jnp.int32)
+    monkeypatch.setattr(query_tiles, "L2_BYTES", 2**20)
+    tiles = query_tiles.QueryTiles((b, 520, 2 * k, 64), (b, 2048, k, 64), 128, 64)
+    found = jax.vmap(lambda i: tuple(vars(tiles.of_block(i)).values()))(
+        jnp.arange(tiles.num_blocks, dtype=jnp.int32)
     )
-    assert plan.num_blocks == b * 2 * k * 5
+    assert tiles.num_blocks == b * 2 * k * 5
     batch, head, kv_head, q_tile = map(np.asarray, found)
     np.testing.assert_array_equal(kv_head, head // 2)
-    assert len(set(zip(batch, head, q_tile, strict=True))) == plan.num_blocks
+    assert len(set(zip(batch, head, q_tile, strict=True))) == tiles.num_blocks
     assert (batch.max(), head.max(), q_tile.max()) == (b - 1, 2 * k - 1, 4)

@@ -12,26 +12,50 @@ import pytest
 import pallas_kernels
 from pallas_kernels import choose_attention, mosaic
 from pallas_kernels.attention.reference import attention_reference
-from pallas_kernels.target import INTERPRETED, Target
+from pallas_kernels.case import draw_normal
+from pallas_kernels.choice import Choice, Implementation
+from pallas_kernels.target import H200, INTERPRETED, Target, traced_for
 
-H200 = Target("gpu", "NVIDIA H200", 132)
 A100 = Target("gpu", "NVIDIA A100-SXM4-80GB", 108)
 CPU = Target("cpu", "cpu", 1)
-GOOD: dict[str, Any] = dict(dtype="bfloat16", head_dim=64, deterministic=False)
+INTEGERS_BT = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+PACKED: dict[str, Any] = dict(segments_BT=INTEGERS_BT)
+CACHED: dict[str, Any] = dict(positions_BT=INTEGERS_BT)
+SINKS: dict[str, Any] = dict(sinks_N=jax.ShapeDtypeStruct((2,), jnp.float32))
+
+
+def chosen(
+    implementation: Implementation,
+    *,
+    target: Target,
+    dtype: str = "bfloat16",
+    head_dim: int = 64,
+    deterministic: bool = False,
+    **asked: Any,
+) -> Choice:
+    """Returns the choice for a device that need not be there."""
+    q_BTNH = jax.ShapeDtypeStruct((1, 8, 2, head_dim), jnp.dtype(dtype))
+    with mosaic.interpret() if target == INTERPRETED else traced_for(target):
+        return choose_attention(
+            q_BTNH,
+            **asked,
+            deterministic=deterministic,
+            implementation=implementation,
+        )
 
 
 @pytest.mark.parametrize(
     "asked",
     [
         {},
-        dict(packed=True, window=7, softcap=50.0, sinks=True, deterministic=True),
-        dict(cached=True, head_dim=256, dtype="float16"),
+        dict(window=7, softcap=50.0, deterministic=True) | PACKED | SINKS,
+        dict(head_dim=256, dtype="float16") | CACHED,
         dict(causal=False, window=9, head_dim=128),
     ],
 )
 @pytest.mark.parametrize("target", [H200, INTERPRETED])
 def test_on_hopper_auto_takes_the_kernels_for_everything(target, asked):
-    choice = choose_attention("auto", target=target, **{**GOOD, **asked})
+    choice = chosen("auto", target=target, **asked)
     assert choice == ("mosaic", "honours all that was asked")
 
 
@@ -45,12 +69,12 @@ def test_on_hopper_auto_takes_the_kernels_for_everything(target, asked):
     ],
 )
 def test_the_kernels_are_refused_for_what_they_cannot_do(change, reason):
-    asked = {"target": H200, **GOOD, **change}
+    asked = {"target": H200, **change}
     with pytest.raises(NotImplementedError, match=reason) as error:
-        choose_attention("mosaic", **asked)
+        chosen("mosaic", **asked)
     assert "use" in str(error.value) and "xla" in str(error.value)
-    chosen, why = choose_attention("auto", **asked)
-    assert chosen != "mosaic"
+    implementation, why = chosen("auto", **asked)
+    assert implementation != "mosaic"
     assert reason in why
 
 
@@ -62,36 +86,35 @@ def test_the_kernels_are_refused_for_what_they_cannot_do(change, reason):
         (dict(dtype="float32"), "dtype float32"),
         (dict(head_dim=60), "head width 60"),
         (dict(head_dim=256), "head width 256"),
-        (dict(packed=True), "segments"),
-        (dict(cached=True), "query positions"),
+        (PACKED, "segments"),
+        (CACHED, "query positions"),
         (dict(softcap=50.0), "softcap 50.0"),
-        (dict(sinks=True), "sinks"),
+        (SINKS, "sinks"),
         (dict(causal=False, window=3), "window 3 without causal"),
         (dict(deterministic=True), "deterministic gradients"),
     ],
 )
 def test_cudnn_is_refused_for_each_thing_it_would_get_wrong(change, reason):
-    asked = {"target": A100, **GOOD, **change}
+    asked = {"target": A100, **change}
     with pytest.raises(NotImplementedError, match=reason):
-        choose_attention("cudnn", **asked)
-    assert choose_attention("auto", **asked)[0] != "cudnn"
-    assert choose_attention("xla", **asked) == ("xla", "asked for")
+        chosen("cudnn", **asked)
+    assert chosen("auto", **asked)[0] != "cudnn"
+    assert chosen("xla", **asked) == ("xla", "asked for")
 
 
 def test_cudnn_refusals_are_all_named_at_once():
     with pytest.raises(NotImplementedError) as error:
-        choose_attention("cudnn", target=CPU, dtype="float32", head_dim=3, packed=True)
+        chosen("cudnn", target=CPU, dtype="float32", head_dim=3, **PACKED)
     for word in ("platform", "dtype", "head width", "segments"):
         assert word in str(error.value)
 
 
 def test_auto_takes_cudnn_where_it_honours_everything_and_the_kernels_do_not():
-    chosen, why = choose_attention("auto", target=A100, **GOOD)
-    assert chosen == "cudnn"
+    implementation, why = chosen("auto", target=A100)
+    assert implementation == "cudnn"
     assert "mosaic: no device NVIDIA A100" in why
-    assert choose_attention("cudnn", target=A100, **GOOD) == ("cudnn", "asked for")
-    asked = {**GOOD, "head_dim": 192}
-    assert choose_attention("auto", target=H200, **asked)[0] == "cudnn"
+    assert chosen("cudnn", target=A100) == ("cudnn", "asked for")
+    assert chosen("auto", target=H200, head_dim=192)[0] == "cudnn"
 
 
 def test_the_operation_takes_the_device_it_is_traced_for():
@@ -153,7 +176,11 @@ def test_gradients_are_those_of_the_specification(options, deterministic):
     with mosaic.interpret():
         ours = gradients(
             functools.partial(attend, deterministic=deterministic),
-            *(q, k, v, sinks, cotangent),
+            q,
+            k,
+            v,
+            sinks,
+            cotangent,
         )
         jax.block_until_ready(ours)
     with jax.enable_x64(True):
@@ -180,7 +207,7 @@ def test_few_queries_attend_as_well_in_blocks_of_all_heads_that_share_keys(t, op
     b, s, n, k, h = 3, 80, 6, 2, 64
     keys = jax.random.split(jax.random.key(0), 4)
     q, key, value, dout = (
-        jax.random.normal(one, (b, length, heads, h)).astype(jnp.bfloat16)
+        draw_normal(one, (b, length, heads, h), jnp.bfloat16)
         for one, length, heads in zip(keys, (t, s, s, t), (n, k, k, n), strict=True)
     )
     if "positions_BT" in options:
@@ -220,11 +247,7 @@ def test_with_sinks_each_head_has_blocks_of_its_own():
 
 def kernel_calls(function, *inputs) -> list[str]:
     """Returns the lines of a program that call kernels, for an H200 not in sight."""
-    device = jax.sharding.AbstractDevice(
-        device_kind="NVIDIA H200", num_cores=132, platform="gpu"
-    )
-    mesh = jax.sharding.AbstractMesh((), (), (), abstract_device=device)
-    with jax.sharding.use_abstract_mesh(mesh):
+    with traced_for(H200):
         traced = jax.jit(function).trace(*inputs)
         lines = traced.lower(lowering_platforms=("cuda",)).as_text().splitlines()
     return [line for line in lines if "custom_call @mosaic_gpu" in line]

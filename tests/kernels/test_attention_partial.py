@@ -2,6 +2,7 @@
 """Attention in parts of the keys, put together again, against attention as one."""
 
 import contextlib
+import functools
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from pallas_kernels import choose_attention, mosaic
 from pallas_kernels.attention import RangedAttention, key_ranges, merge_parts
 from pallas_kernels.attention.reference import attention_reference
 from pallas_kernels.choice import Implementation
-from pallas_kernels.target import Target
+from pallas_kernels.target import Target, traced_for
 
 B, T, N, K, H = 1, 96, 4, 2, 64
 CUT = 50  # keys of the first part
@@ -36,9 +37,7 @@ def draw(dtype) -> list[jax.Array]:
 
 def in_parts(attention: RangedAttention, q, k, v, dout):
     """Returns output and gradients, of keys that are in two places."""
-    start_BT, end_BT = key_ranges(
-        *(q.shape, T), causal=True, positions_BT=None, **MASKS
-    )
+    start_BT, end_BT = key_ranges(q.shape, T, causal=True, positions_BT=None, **MASKS)
     parts = [
         (
             k[:, keys],
@@ -50,11 +49,10 @@ def in_parts(attention: RangedAttention, q, k, v, dout):
     ]
     out, lse = jnp.zeros(q.shape, jnp.float32), jnp.full((B, N, T), -jnp.inf)
     for part in parts:
-        out, lse = merge_parts(out, lse, *attention.attend(q, *part))
+        out, lse = merge_parts(out, lse, *attention.forward(q, *part))
     out = out.astype(q.dtype)
     found = [
-        attention.differentiate(q, k, v, out, lse, dout, *ranges)
-        for k, v, *ranges in parts
+        attention.backward(q, k, v, out, lse, dout, *ranges) for k, v, *ranges in parts
     ]
     dq = sum(dq.astype(jnp.float32) for dq, _, _ in found)
     dk, dv = (jnp.concatenate([part[i] for part in found], 1) for i in (1, 2))
@@ -95,10 +93,12 @@ def test_parts_that_see_nothing_merge_to_nothing():
 
 
 def test_only_the_kernels_and_plain_jax_take_ranges():
-    facts: dict[str, Any] = dict(
-        dtype="bfloat16", head_dim=64, deterministic=False, ranged=True
+    q_BTNH = jax.ShapeDtypeStruct((B, T, N, H), jnp.bfloat16)
+    start_BT = jax.ShapeDtypeStruct((B, T), jnp.int32)
+    choose = functools.partial(
+        choose_attention, q_BTNH, start_BT=start_BT, deterministic=False
     )
-    a100 = Target("gpu", "NVIDIA A100-SXM4-80GB", 108)
-    assert choose_attention("auto", target=a100, **facts).implementation == "xla"
-    with pytest.raises(NotImplementedError, match="ranges of keys"):
-        choose_attention("cudnn", target=a100, **facts)
+    with traced_for(Target("gpu", "NVIDIA A100-SXM4-80GB", 108)):
+        assert choose(implementation="auto").implementation == "xla"
+        with pytest.raises(NotImplementedError, match="ranges of keys"):
+            choose(implementation="cudnn")

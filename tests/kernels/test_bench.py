@@ -14,17 +14,16 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.bench import __main__ as command
-from pallas_kernels.bench import check, peers, prove, search
+from pallas_kernels.bench import check, peers, search
 from pallas_kernels.bench import measure as measuring
-from pallas_kernels.bench.ceilings import Ceilings, measure_ceilings
+from pallas_kernels.bench.machine import Ceilings, measure_ceilings
 from pallas_kernels.bench.measure import DeviceLost, measure
 from pallas_kernels.bench.options import Options
 from pallas_kernels.bench.record import format_results, write_results
 from pallas_kernels.bench.supervisor import read_records, supervise
 from pallas_kernels.bench.timing import Entrant, Timing, time_in_turns
-from pallas_kernels.bench.worker import find_cases, in_order, one_of_each_kind
-from pallas_kernels.case import Case, Search
-from pallas_kernels.offline import OPERATIONS
+from pallas_kernels.bench.worker import in_order, one_of_each_kind
+from pallas_kernels.case import OPERATIONS, Case, Search, draw_normal, find_cases
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +44,7 @@ def make_case(**changes) -> Case:
         flops=64.0 * 64,
         num_bytes=4.0 * 64 * 64,
         tile=Tile(8),
-        make_inputs=lambda key: (jax.random.normal(key, (64, 64), jnp.bfloat16),),
+        make_inputs=lambda key: (draw_normal(key, (64, 64), jnp.bfloat16),),
         searches=(
             Search(
                 kernel="scale",
@@ -69,7 +68,7 @@ def options(tmp_path) -> Options:
 
 
 def test_a_proof_has_errors_a_verdict_and_compares_the_bits_of_two_runs():
-    found = prove.prove(make_case(), dry=True)
+    found = check.prove(make_case(), dry=True)
     assert found["verdict"] == {"mosaic": "right"}
     assert found["same_bits"] == {"mosaic": True, "xla": True}
     assert found["errors"]["mosaic"] == found["errors"]["xla"]
@@ -254,10 +253,12 @@ def test_every_operation_has_its_turn_before_any_has_all_of_its_cases(options):
     options = dataclasses.replace(options, operations=("norm", "quantize"), dry=False)
     cases = in_order(options)
     assert [c.operation for c in cases[:4]] == ["norm", "quantize"] * 2
-    assert len(cases) == sum(len(find_cases(o, False)) for o in options.operations)
+    assert len(cases) == sum(len(find_cases(o)) for o in options.operations)
     only = dataclasses.replace(options, part="rms-8k-8192,rows-16384x4096-both")
     assert [c.name for c in in_order(only)] == [
-        *("forward-rms-8k-8192", "rows-16384x4096-both", "backward-rms-8k-8192"),
+        "forward-rms-8k-8192",
+        "rows-16384x4096-both",
+        "backward-rms-8k-8192",
     ]
 
 
@@ -371,7 +372,7 @@ def test_libraries_that_are_not_there_are_absent_and_say_so(monkeypatch):
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_every_operation_has_tiny_cases_for_a_dry_run(operation):
-    assert [case.operation for case in find_cases(operation, dry=True)]
+    assert [case.operation for case in find_cases(operation, tiny=True)]
 
 
 def test_a_dry_run_goes_through_everything_and_writes_what_it_found(tmp_path):
@@ -385,7 +386,7 @@ def test_a_dry_run_goes_through_everything_and_writes_what_it_found(tmp_path):
     (path,) = tmp_path.glob("*_dry.json")
     document = json.loads(path.read_text())
     assert document["jax"] == jax.__version__ and document["dry"]
-    assert len(document["cases"]) == len(find_cases("quantize", dry=True))
+    assert len(document["cases"]) == len(find_cases("quantize", tiny=True))
     for record in document["cases"]:
         assert record["verdict"] == {"mosaic": "right"}, record
 

@@ -60,8 +60,12 @@ def run(x, w, targets, *, chunk_tokens=8, with_gradients=True, **options):
 _jitted = jax.jit(
     linear_cross_entropy,
     static_argnames=(
-        *("letters", "z_loss", "softcap", "chunk_tokens"),
-        *("vocab_axes", "with_gradients"),
+        "letters",
+        "z_loss",
+        "softcap",
+        "chunk_tokens",
+        "vocab_axes",
+        "with_gradients",
     ),
 )
 

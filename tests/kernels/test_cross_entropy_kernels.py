@@ -23,12 +23,11 @@ from pallas_kernels.cross_entropy.hopper.kernels import (
     make_gradient,
 )
 from pallas_kernels.cross_entropy.tiles import Tile, fit, rows_of_logits
-from pallas_kernels.target import Target
+from pallas_kernels.target import H200, Target, traced_for
 
 T, D, V = 7, 16, 1048  # V is a step and a rest of three vectors
 EPS = float(np.finfo(np.float32).eps)
 BF16_EPS = float(jnp.finfo(jnp.bfloat16).eps)
-H200 = Target("gpu", "NVIDIA H200", 132)
 
 
 def draw(num_words=V, scale=1.0, letters="DV", masked=slice(None, None, 3)):
@@ -283,15 +282,24 @@ def test_wrong_use_is_an_error_that_says_what_to_do(change, message):
 def test_what_the_kernels_cannot_do_is_refused_and_auto_knows(
     target, dtype, num_words, message
 ):
-    call: dict[str, Any] = dict(dtype=dtype, num_words=num_words)
-    with pytest.raises(NotImplementedError, match=message):
-        choose_cross_entropy("mosaic", target, **call)
-    assert choose_cross_entropy("auto", target, **call).implementation == "xla"
+    x_TD, w_DV = abstract(dtype, num_words)
+    choose = functools.partial(choose_cross_entropy, x_TD, w_DV, letters="DV")
+    with traced_for(target):
+        with pytest.raises(NotImplementedError, match=message):
+            choose(implementation="mosaic")
+        assert choose(implementation="auto").implementation == "xla"
 
 
 def test_auto_takes_the_kernels_for_a_hopper_gpu():
-    choice = choose_cross_entropy("auto", H200, dtype="bfloat16", num_words=128256)
+    x_TD, w_DV = abstract("bfloat16", 128256)
+    with traced_for(H200):
+        choice = choose_cross_entropy(x_TD, w_DV, letters="DV")
     assert choice.implementation == "mosaic"
+
+
+def abstract(dtype: str, num_words: int) -> list[jax.ShapeDtypeStruct]:
+    shapes = ((8, 64), (64, num_words))
+    return [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape in shapes]
 
 
 def test_float32_logits_take_no_more_than_a_quarter_of_a_gibibyte():

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 from pallas_kernels import mosaic
+from pallas_kernels.case import draw_normal
 from pallas_kernels.grouped_matmul import (
     choose_grouped_matmul,
     grouped_matmul,
     grouped_matmul_reference,
 )
 from pallas_kernels.grouped_matmul.cases import cases
-from pallas_kernels.grouped_matmul.hopper import schedule
+from pallas_kernels.grouped_matmul.hopper import groups
 from pallas_kernels.grouped_matmul.op import rows_times_rows, rows_times_weights
 from pallas_kernels.grouped_matmul.tiles import Tile
 
@@ -35,7 +36,7 @@ SIZES = (
 
 
 def draw(shape, dtype, seed):
-    return jax.random.normal(jax.random.key(seed), shape, dtype)
+    return draw_normal(jax.random.key(seed), shape, dtype)
 
 
 def with_gradients(function):
@@ -95,7 +96,7 @@ def fitted(sizes, num_rows) -> tuple[int, ...]:
     return tuple(int(size) for size in np.diff(ends))
 
 
-row_tiles = jax.jit(schedule.row_tiles, static_argnums=(1, 2))
+row_tiles = jax.jit(groups.row_tiles, static_argnums=(1, 2))
 
 
 @hypothesis.settings(max_examples=100, deadline=None)
@@ -123,12 +124,12 @@ def test_the_tiles_hold_every_row_of_every_group_once(sizes, num_rows):
 
 def test_sizes_beyond_the_rows_there_are_never_lead_out_of_bounds():
     for sizes in ([300, 300], [0, 1000], [2**31 - 1, 0], [-5, 20]):
-        tiles = schedule.row_tiles(jnp.array(sizes, jnp.int32), 100, 128)
+        tiles = groups.row_tiles(jnp.array(sizes, jnp.int32), 100, 128)
         used = int(tiles.used[0])
         assert (tiles.bases + tiles.ends)[:used].max() <= 100
         assert tiles.bases.min() >= 0
-        groups = schedule.groups_by_size(jnp.array(sizes, jnp.int32), 100)
-        assert (groups.bases + groups.ends).max() <= 100
+        by_size = groups.groups_by_size(jnp.array(sizes, jnp.int32), 100)
+        assert (by_size.bases + by_size.ends).max() <= 100
 
 
 @pytest.mark.parametrize("sizes", SIZES)

@@ -8,6 +8,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic
+from pallas_kernels.case import draw_normal
 
 M, K, N = 64, 64, 64
 # Abstract in name only: jax itself makes them so.
@@ -55,7 +56,7 @@ def product(a, b, *, start: float = 0.0, a_in_registers: bool = False, waits=Tru
 @pytest.fixture
 def operands(key):
     keys = jax.random.split(key)
-    return [jax.random.normal(k, (64, 64), jnp.bfloat16) for k in keys]
+    return [draw_normal(k, (64, 64), jnp.bfloat16) for k in keys]
 
 
 def run(operands, **options):

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 import pallas_kernels
 from pallas_kernels.norm import choose_norm
+from pallas_kernels.target import H200, Target, traced_for
 
 rms_norm = jax.jit(pallas_kernels.rms_norm, static_argnames=("eps", "offset"))
 layer_norm = jax.jit(pallas_kernels.layer_norm, static_argnames="eps")
@@ -179,28 +179,25 @@ def test_what_the_kernels_cannot_do_is_refused_and_auto_takes_plain_jax(
     kind, shape, dtype, says
 ):
     platform = "gpu" if "NVIDIA" in kind else "cpu"
-    device = AbstractDevice(device_kind=kind, num_cores=132, platform=platform)
     x = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
-    with use_abstract_mesh(AbstractMesh((), (), (), abstract_device=device)):
+    with traced_for(Target(platform, kind, 132)):
         with pytest.raises(NotImplementedError, match=says):
-            choose_norm(x, "mosaic")
+            choose_norm(x, implementation="mosaic")
         chosen = choose_norm(x)
         assert chosen.implementation == "xla" and says in chosen.reason
 
 
 def test_auto_takes_the_kernels_on_a_hopper_gpu():
-    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
-    with use_abstract_mesh(AbstractMesh((), (), (), abstract_device=device)):
+    with traced_for(H200):
         for width in (64, 128, 1000, 4096, 16384):
             x = jax.ShapeDtypeStruct((4, width), jnp.bfloat16)
-            assert choose_norm(x, has_residual=True).implementation == "mosaic"
+            assert choose_norm(x, residual=x).implementation == "mosaic"
 
 
 def test_auto_leaves_to_plain_jax_what_it_does_faster():
-    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
-    with use_abstract_mesh(AbstractMesh((), (), (), abstract_device=device)):
+    with traced_for(H200):
         x = jax.ShapeDtypeStruct((4, 2561), jnp.bfloat16)
         chosen = choose_norm(x)
         assert chosen.implementation == "xla"
         assert "plain JAX is faster at width 2561" in chosen.reason
-        assert choose_norm(x, "mosaic").implementation == "mosaic"
+        assert choose_norm(x, implementation="mosaic").implementation == "mosaic"

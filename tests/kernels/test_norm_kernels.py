@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 import pallas_kernels
 from pallas_kernels import mosaic
 from pallas_kernels.norm import op as norm_op
-from pallas_kernels.norm.tiles import choose_tile, share
-from pallas_kernels.target import INTERPRETED
+from pallas_kernels.norm.tiles import find_tile, share
+from pallas_kernels.target import H200, INTERPRETED, traced_for
 
 EPS = 1e-5
 # Where plain JAX happens to make no error at all, a rounding of float32.
@@ -118,7 +117,7 @@ def test_shared_rows_that_go_past_shared_memory_in_turns(kind, parts, monkeypatc
     cut = share(4096, parts, widest=8, most=8)
     assert cut is not None
     tile = dataclasses.replace(cut, staged=False, slots=1, blocks_per_core=1)
-    monkeypatch.setattr(norm_op, "choose_tile", lambda *_: tile)
+    monkeypatch.setattr(norm_op, "find_tile", lambda *_: tile)
     check(kind, (5, 4096), "bfloat16", residual=True)
 
 
@@ -179,9 +178,13 @@ def test_the_norm_is_of_the_rounded_sum_and_the_sum_is_that_of_plain_jax():
 
 def test_the_same_bits_twice():
     arguments = (
-        *(draw((37, 128), "bfloat16", 0), draw((128,), "float32", 1)),
-        *(draw((128,), "float32", 2), draw((37, 128), "bfloat16", 3)),
-        *(draw((37, 128), "bfloat16", 4), draw((37, 128), "bfloat16", 5), 0.0),
+        draw((37, 128), "bfloat16", 0),
+        draw((128,), "float32", 1),
+        draw((128,), "float32", 2),
+        draw((37, 128), "bfloat16", 3),
+        draw((37, 128), "bfloat16", 4),
+        draw((37, 128), "bfloat16", 5),
+        0.0,
     )
     with mosaic.interpret():
         first, second = (run("layer", "mosaic", *arguments) for _ in range(2))
@@ -204,7 +207,6 @@ def test_a_gradient_of_the_sum_alone_passes_through():
 
 def kernels_of_a_step(policy) -> dict[str, int]:
     """Returns how often each kernel runs in a loss with gradients, on an H200."""
-    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
     x, scale = jnp.ones((8, 128), jnp.bfloat16), jnp.ones(128)
 
     def block(x):
@@ -214,7 +216,7 @@ def kernels_of_a_step(policy) -> dict[str, int]:
     def loss(x):
         return jax.checkpoint(block, policy=policy)(x).astype(jnp.float32).sum()
 
-    with use_abstract_mesh(AbstractMesh((), (), (), abstract_device=device)):
+    with traced_for(H200):
         traced = jax.jit(jax.value_and_grad(loss)).trace(x)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     calls = [line for line in text.splitlines() if "mosaic_gpu" in line]
@@ -235,7 +237,7 @@ def test_widths_of_models_have_tiles_that_fit(itemsize):
     widths = (64, 80, 96, 128, 256, 768, 1000, 1152, 2048, 2561, 2880, 5120, 8192)
     for width in (*widths, 6656, 11008, 12288, 16384):
         for kernel, most in (("norm_forward", 2), ("norm_backward", 3)):
-            tile = choose_tile(INTERPRETED, kernel, width, itemsize, most)
+            tile = find_tile(INTERPRETED, kernel, width, itemsize, most)
             assert tile is not None, width
             held = tile.num_pieces * tile.piece * tile.parts
             assert held * (tile.lines if tile.is_shared else 1) >= width

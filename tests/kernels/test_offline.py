@@ -16,7 +16,8 @@ import pytest
 
 import pallas_kernels
 from pallas_kernels import offline
-from pallas_kernels.offline import OPERATIONS, Compiled, Resources, resources
+from pallas_kernels.case import OPERATIONS, find_cases
+from pallas_kernels.offline import Compiled, Resources, resources
 
 needs_toolchain = pytest.mark.skipif(
     offline.toolchain() is None,
@@ -35,7 +36,7 @@ KNOWN_FAULTS = {
 def cases_of(operation: str) -> list[str]:
     if not (Path(pallas_kernels.__file__).parent / operation).is_dir():
         return []  # a test below says so
-    return [case.name for case in offline.find_cases(operation) if case.in_ci]
+    return [case.name for case in find_cases(operation) if case.in_ci]
 
 
 CASES = [(operation, name) for operation in OPERATIONS for name in cases_of(operation)]
@@ -57,7 +58,7 @@ def test_a_kernel_compiles_for_an_h200_and_takes_what_is_on_record(operation, na
 
 def test_every_operation_has_cases_with_work_to_do():
     for operation in OPERATIONS:
-        cases = offline.find_cases(operation)
+        cases = find_cases(operation)
         assert len({case.name for case in cases}) == len(cases) > 0
         for case in cases:
             assert case.operation == operation
@@ -68,7 +69,7 @@ def test_every_operation_has_cases_with_work_to_do():
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_the_inputs_of_a_case_are_of_the_shapes_it_compiles_for(operation):
     key = jax.eval_shape(lambda: jax.random.key(0))
-    for case in offline.find_cases(operation):
+    for case in find_cases(operation):
         made = jax.eval_shape(case.make_inputs, key)
         assert [(x.shape, x.dtype) for x in made] == [
             (x.shape, x.dtype) for x in case.inputs
@@ -77,7 +78,7 @@ def test_the_inputs_of_a_case_are_of_the_shapes_it_compiles_for(operation):
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_search_has_the_shipped_tile_among_its_tiles(operation):
-    for case in offline.find_cases(operation):
+    for case in find_cases(operation):
         for search in case.searches:
             assert search.shipped in search.tiles, (case.name, search.kernel)
             assert len(set(search.tiles)) == len(search.tiles)

@@ -179,7 +179,7 @@ def test_auto_takes_the_kernel_on_hopper_only():
         ):
             choice = choose_quantize(refused)
             assert choice.implementation == "xla" and why in choice.reason
-        assert "multiples of 128" in choose_quantize(x[:64], True).reason
+        assert "multiples of 128" in choose_quantize(x[:64], transpose=True).reason
 
 
 BAD = {

@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from pallas_kernels import mosaic
-from pallas_kernels.target import INTERPRETED, Target, current_target
+from pallas_kernels.target import H200, INTERPRETED, Target, current_target, traced_for
 
 
 def described(kind: str, platform: str = "gpu") -> AbstractMesh:
@@ -27,7 +27,13 @@ def test_a_mesh_of_this_machine_is_no_gpu():
 @pytest.mark.parametrize("platform", ["gpu", "cuda"])
 def test_a_described_device_is_the_target(platform):
     with use_abstract_mesh(described("NVIDIA H200", platform)):
-        assert current_target() == Target("gpu", "NVIDIA H200", 132)
+        assert current_target() == H200
+
+
+def test_a_program_can_be_traced_for_a_device_that_is_not_there():
+    with traced_for(H200):
+        assert current_target() == H200
+    assert current_target().platform == "cpu"
 
 
 @pytest.mark.parametrize(

@@ -34,13 +34,13 @@ def table(tmp_path, monkeypatch):
     ],
 )
 def test_the_first_entry_that_fits_wins(table, call, tile):
-    assert tuning.find_tile(CHIP, "attention", call) == tile
+    assert tuning.look_up(CHIP, "attention", call) == tile
 
 
 def test_a_kernel_or_a_device_without_entries_has_no_tile(table):
     call = {"head_dim": 128}
-    assert tuning.find_tile(CHIP, "norm", call) == {}
-    assert tuning.find_tile(Target("gpu", "NVIDIA X2", 1), "attention", call) == {}
+    assert tuning.look_up(CHIP, "norm", call) == {}
+    assert tuning.look_up(Target("gpu", "NVIDIA X2", 1), "attention", call) == {}
 
 
 def test_the_shipped_tables_have_entries_of_the_described_form():

@@ -1,16 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which implementation each operation of a run takes, and why."""
 
+import dataclasses
+
 import jax
 import pytest
 
 import sharding
-from jaxllm.config import Config, DataConfig, ModelConfig, OptimizerConfig, override
+from jaxllm.config import (
+    Config,
+    DataConfig,
+    KernelsConfig,
+    ModelConfig,
+    OptimizerConfig,
+    override,
+)
 from jaxllm.errors import InputError
 from jaxllm.plan.cost import choices
-from jaxllm.plan.kernels import choose_kernels
+from jaxllm.plan.kernels import ASKS, Ask, check_kernels, choose_kernels
 from jaxllm.step import prepare
 from pallas_kernels import mosaic
+from pallas_kernels.choice import Choice
 
 CONFIG = Config(
     steps=1,
@@ -34,10 +44,11 @@ def mesh():
 
 
 def taken(mesh, **changes) -> dict[str, tuple[str, str]]:
-    """Returns what is chosen where the device is a (simulated) Hopper GPU."""
+    """Returns the choices, by label, where the device is a (simulated) Hopper GPU."""
     config = override(CONFIG, {k.replace("__", "."): v for k, v in changes.items()})
     with mosaic.interpret():
-        return dict(choose_kernels(config, mesh))
+        chosen = choose_kernels(config, mesh)
+    return {ask.label: choice for ask, choice in chosen.items()}
 
 
 def test_auto_takes_our_kernels_where_they_can_run(mesh):
@@ -96,3 +107,24 @@ def test_a_cpu_takes_plain_jax_and_the_report_says_so_once(mesh):
         "cross_entropy: xla",
     ]
     assert all("(auto: mosaic: no " in line and "cpu" in line for line in lines)
+
+
+def test_every_implementation_that_a_config_names_is_asked_for():
+    settings = {field.name for field in dataclasses.fields(KernelsConfig)}
+    others = {"context", "deterministic", "self_check"}
+    assert {ask.setting for ask in ASKS} == settings - others
+    assert len({ask.label for ask in ASKS}) == len(ASKS)
+
+
+def test_a_new_operation_is_one_more_ask(mesh, monkeypatch):
+    checked = []
+    new = Ask(
+        setting="norm",
+        label="norm of norms",
+        choose=lambda config, mesh: Choice("mosaic", "new"),
+        check=lambda implementation, *_: checked.append(implementation),
+    )
+    monkeypatch.setattr("jaxllm.plan.kernels.ASKS", (*ASKS, new))
+    assert choices(prepare(CONFIG, mesh)).endswith("norm of norms: mosaic (auto: new)")
+    check_kernels(CONFIG, mesh)
+    assert checked == ["mosaic"]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gradients of queries: a kernel over tiles of queries, for Hopper.
 
-A CUDA block takes a tile of queries, 64 of them a warpgroup, and goes over the keys
+A CUDA block takes a tile of queries, 64 of them a warpgroup, and loops over the keys
 they see, which the last warpgroup loads into rings in shared memory.
 """
 
@@ -16,22 +16,22 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic
-from pallas_kernels.attention.hopper.backward_plan import (
+from pallas_kernels.attention.hopper.backward_call import (
     REGISTERS,
     ROWS,
-    BackwardPlan,
+    BackwardCall,
     Inputs,
     hide,
     zeros,
 )
-from pallas_kernels.attention.hopper.forward_plan import Place, Plan
-from pallas_kernels.attention.tiles import ForwardTile, QueryGradientTile
+from pallas_kernels.attention.hopper.query_tiles import QueryTile, QueryTiles
+from pallas_kernels.attention.tiles import QueryGradientTile
 
 LANES = plgpu.Layout.WGMMA.reduce(1)  # a number a query, beside [queries, keys]
 
 
 def backward_dq(
-    plan: BackwardPlan,
+    call: BackwardCall,
     inputs: Inputs,
     start_BT: jax.Array,
     end_BT: jax.Array,
@@ -39,19 +39,19 @@ def backward_dq(
     tile: QueryGradientTile,
 ) -> jax.Array:
     """Returns dq_BTNH."""
-    dtype, h = inputs.q_BTNH.dtype, plan.q_shape[-1]
-    tiles = _tiles(plan, tile)
+    dtype, h = inputs.q_BTNH.dtype, call.q_shape[-1]
+    tiles = _tiles(call, tile)
     queries = plgpu.SMEM((tile.num_warpgroups, ROWS, h), dtype)
     names = ("q", "k", "v", "dout", "terms", "ranges", "steps", "dq")
 
     def body(*refs, **shared):
         arrays = types.SimpleNamespace(**dict(zip(names, refs, strict=True)))
-        _run(plan, tile, arrays, types.SimpleNamespace(**shared))
+        _body(call, tile, arrays, types.SimpleNamespace(**shared))
 
     return mosaic.kernel(
         body,
         name="attention_dq",
-        out_type=jax.ShapeDtypeStruct(plan.q_shape, dtype),
+        out_type=jax.ShapeDtypeStruct(call.q_shape, dtype),
         scratch_types=dict(
             # Mosaic infers from their use that TMA lays them out as wgmma reads them.
             q=queries,
@@ -67,15 +67,9 @@ def backward_dq(
     )(*inputs, tiles.steps(start_BT, end_BT))
 
 
-def _tiles(plan: BackwardPlan, tile: QueryGradientTile) -> Plan:
-    """Returns the plan of a forward kernel with the same tiles in the same order."""
-    block_q = tile.num_warpgroups * ROWS // 2
-    return Plan(
-        *(plan.q_shape, plan.k_shape),
-        scale=plan.scale,
-        softcap=plan.softcap,
-        tile=ForwardTile(block_q=block_q, block_kv=tile.block_kv),
-    )
+def _tiles(call: BackwardCall, tile: QueryGradientTile) -> QueryTiles:
+    block_q = tile.num_warpgroups * ROWS
+    return QueryTiles(call.q_shape, call.k_shape, block_q, tile.block_kv)
 
 
 def _ring(name: str, tile: QueryGradientTile, stages: int, h: int, dtype: Any) -> dict:
@@ -88,35 +82,39 @@ def _ring(name: str, tile: QueryGradientTile, stages: int, h: int, dtype: Any) -
     }
 
 
-def _run(plan: BackwardPlan, tile: QueryGradientTile, arrays: Any, shared: Any) -> None:
+def _body(
+    call: BackwardCall, tile: QueryGradientTile, arrays: Any, shared: Any
+) -> None:
     warpgroup = lax.axis_index("warpgroup")
     registers = REGISTERS[tile.num_warpgroups]
 
     @pl.when(warpgroup < tile.num_warpgroups)
     def _():
         plgpu.set_max_registers(registers[0], action="increase")
-        _compute(plan, tile, arrays, shared, warpgroup)
+        _compute(call, tile, arrays, shared, warpgroup)
 
     @pl.when(warpgroup == tile.num_warpgroups)
     def _():
         plgpu.set_max_registers(registers[1], action="decrease")
-        _load(plan, tile, arrays, shared)
+        _load(call, tile, arrays, shared)
 
 
-def _place(plan: BackwardPlan, tile: QueryGradientTile) -> Place:
-    """Returns what the CUDA block works on, computed again at each call.
+def _place(call: BackwardCall, tile: QueryGradientTile) -> QueryTile:
+    """Returns what the CUDA block works on, recomputed at each call.
 
     Kept, it would take registers that the loops have not.
     """
-    return _tiles(plan, tile).place(lax.optimization_barrier(lax.axis_index("block")))
+    return _tiles(call, tile).of_block(
+        lax.optimization_barrier(lax.axis_index("block"))
+    )
 
 
-def _steps(arrays: Any, place: Place) -> tuple[jax.Array, ...]:
+def _steps(arrays: Any, place: QueryTile) -> tuple[jax.Array, ...]:
     return tuple(arrays.steps[place.batch, place.q_tile, i] for i in range(4))
 
 
-def _load(plan: BackwardPlan, tile: QueryGradientTile, arrays: Any, shared: Any):
-    place = _place(plan, tile)
+def _load(call: BackwardCall, tile: QueryGradientTile, arrays: Any, shared: Any):
+    place = _place(call, tile)
     lo, _, _, hi = _steps(arrays, place)
     for part in range(tile.num_warpgroups):
         rows = pl.ds((place.q_tile * tile.num_warpgroups + part) * ROWS, ROWS)
@@ -141,8 +139,8 @@ def _load(plan: BackwardPlan, tile: QueryGradientTile, arrays: Any, shared: Any)
             plgpu.copy_gmem_to_smem(source.at[keys], ring.at[slot], loaded.at[slot])
 
 
-def _compute(plan: BackwardPlan, tile, arrays, shared, warpgroup) -> None:
-    h, place = plan.q_shape[-1], _place(plan, tile)
+def _compute(call: BackwardCall, tile, arrays, shared, warpgroup) -> None:
+    h, place = call.q_shape[-1], _place(call, tile)
     steps = _steps(arrays, place)
     part = place.q_tile * tile.num_warpgroups + warpgroup
     rows = pl.ds(part * ROWS, ROWS)
@@ -154,26 +152,26 @@ def _compute(plan: BackwardPlan, tile, arrays, shared, warpgroup) -> None:
     terms = [across(arrays.terms, place.batch, place.head, i) for i in range(2)]
     ranges = [across(arrays.ranges, place.batch, i) for i in range(2)]
     plgpu.barrier_wait(shared.q_loaded)
-    attend = functools.partial(
-        _attend, plan, tile, shared, warpgroup, steps, terms, ranges
+    add_keys = functools.partial(
+        _add_keys, call, tile, shared, warpgroup, steps, terms, ranges
     )
-    dq = lax.fori_loop(0, steps[-1] - steps[0], attend, zeros(h))
+    dq = lax.fori_loop(0, steps[-1] - steps[0], add_keys, zeros(h))
     out = shared.q.at[warpgroup]
-    out[...] = (dq * plan.scale).astype(out.dtype)
+    out[...] = (dq * call.scale).astype(out.dtype)
     plgpu.commit_smem()
-    place, warpgroup = _place(plan, tile), lax.optimization_barrier(warpgroup)
+    place, warpgroup = _place(call, tile), lax.optimization_barrier(warpgroup)
     rows = pl.ds((place.q_tile * tile.num_warpgroups + warpgroup) * ROWS, ROWS)
     plgpu.copy_smem_to_gmem(out, arrays.dq.at[place.batch, rows, place.head])
     plgpu.wait_smem_to_gmem(0)
 
 
-def _attend(plan, tile, shared, warpgroup, steps, terms, ranges, step, dq):
+def _add_keys(call, tile, shared, warpgroup, steps, terms, ranges, step, dq):
     """Adds what comes by way of a block of keys."""
     lo, full_lo, full_hi, _ = steps
     lse_term, delta_term = terms
     slot = lax.rem(step, jnp.int32(tile.num_stages))
     v_slot = lax.rem(step, jnp.int32(tile.num_value_stages))
-    # Has addresses computed again in each step, not kept in registers.
+    # Has addresses recomputed in each step, not kept in registers.
     warpgroup = lax.optimization_barrier(warpgroup)
     plgpu.barrier_wait(shared.k_loaded.at[slot])
     plgpu.barrier_wait(shared.v_loaded.at[v_slot])
@@ -183,7 +181,7 @@ def _attend(plan, tile, shared, warpgroup, steps, terms, ranges, step, dq):
         mosaic.wgmma(s, shared.q.at[warpgroup], k.transpose((1, 0)))
         mosaic.wgmma(dp, shared.dout.at[warpgroup], v.transpose((1, 0)))
 
-    capped = plan.softcap is not None
+    capped = call.softcap is not None
     start = mosaic.Zeros(ROWS, tile.block_kv) if capped else lse_term()
     s, dp = mosaic.accumulate(multiply, start, delta_term())
     plgpu.barrier_arrive(shared.v_consumed.at[v_slot])
@@ -193,7 +191,7 @@ def _attend(plan, tile, shared, warpgroup, steps, terms, ranges, step, dq):
         lambda s: s,
         s,
     )
-    _, slope = plan.weights(s, lse_term)
+    _, slope = call.weights(s, lse_term)
     ds = (slope * dp).astype(shared.k.dtype)
     dq = mosaic.accumulate(lambda dq: mosaic.wgmma(dq, ds, k), dq)
     plgpu.barrier_arrive(shared.k_consumed.at[slot])

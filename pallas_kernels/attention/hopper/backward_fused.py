@@ -4,7 +4,7 @@
 Beside dK and dV, which stay in registers, each step makes what its keys add to dQ: the
 warpgroups put their dS together in shared memory, each makes a part of dQ, and TMA adds
 it in float32 to global memory. The order of these sums varies, and with it their last
-bits. `backward` needs seven products and has no such sums.
+bits. The deterministic pass needs seven products and has no such sums.
 
 Source: Shah et al., "FlashAttention-3" (arXiv:2407.08608), section 3.
 """
@@ -18,9 +18,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic
+from pallas_kernels.attention.hopper.backward_call import ROWS, BackwardCall, zeros
 from pallas_kernels.attention.hopper.backward_dkv import own_scores, store_both
-from pallas_kernels.attention.hopper.backward_plan import ROWS, BackwardPlan, zeros
-from pallas_kernels.attention.hopper.backward_walk import Step, Walk, walk_kernel
+from pallas_kernels.attention.hopper.backward_walk import Visit, Walk, walk_kernel
 from pallas_kernels.attention.tiles import KeyGradientTile
 
 
@@ -38,17 +38,24 @@ def backward_fused(
     scale: float,
     tile: KeyGradientTile,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns dq_BTNH, dk_BSKH and dv_BSKH, the first with bits that vary.
+    """Returns dq_BTNH, dk_BSKH and dv_BSKH, the first not deterministic.
 
-    The arguments are those of `backward`, but H is 64 or 128.
+    The arguments are those of `passes.backward_split`, but H is 64 or 128.
 
     Raises:
       ValueError: the tile does not give each warpgroup one part of dQ.
     """
     (b, t, n, h), dtype = q_BTNH.shape, q_BTNH.dtype
-    plan = BackwardPlan(q_BTNH.shape, k_BSKH.shape, scale, softcap)
-    inputs = plan.inputs(
-        *((q_BTNH, k_BSKH, v_BSKH), out_BTNH, lse_BNT, dout_BTNH, start_BT, end_BT),
+    call = BackwardCall(q_BTNH.shape, k_BSKH.shape, scale, softcap)
+    inputs = call.inputs(
+        q_BTNH,
+        k_BSKH,
+        v_BSKH,
+        out_BTNH,
+        lse_BNT,
+        dout_BTNH,
+        start_BT,
+        end_BT,
         multiple=tile.block_q,
     )
     num = tile.num_warpgroups
@@ -61,7 +68,10 @@ def backward_fused(
     # TMA adds whole tiles.
     dq_sum = jax.new_ref(jnp.zeros((b, t + -t % tile.block_q, n, h), jnp.float32))
     dk_BSKH, dv_BSKH = walk_kernel(
-        *(plan, inputs, start_BT, end_BT),
+        call,
+        inputs,
+        start_BT,
+        end_BT,
         tile=tile,
         compute=_compute,
         name="attention_backward_fused",
@@ -79,17 +89,17 @@ def backward_fused(
 
 
 def _compute(walk: Walk) -> None:
-    h = walk.plan.k_shape[-1]
+    h = walk.call.k_shape[-1]
 
-    def attend(step, carry):
-        shared, ds_all = walk.shared, walk.shared.ds.at[lax.rem(step.number, 2)]
-        q, dout = shared.q.at[step.slot], shared.dout.at[step.slot]
-        p, ds = own_scores(walk, step)
+    def add(visit, carry):
+        shared, ds_all = walk.shared, walk.shared.ds.at[lax.rem(visit.number, 2)]
+        q, dout = shared.q.at[visit.slot], shared.dout.at[visit.slot]
+        p, ds = own_scores(walk, visit)
         for i in range(walk.tile.block_q // ROWS):
-            ds_all.at[step.warpgroup, i][...] = ds[:, i * ROWS : (i + 1) * ROWS]
+            ds_all.at[visit.warpgroup, i][...] = ds[:, i * ROWS : (i + 1) * ROWS]
         plgpu.commit_smem()
         plgpu.barrier_arrive(shared.ds_stored)
-        row, column = _part(walk, step.warpgroup)
+        row, column = _part(walk, visit.warpgroup)
 
         def multiply(dk, dv, dq):
             mosaic.wgmma(dv, p, dout)
@@ -100,33 +110,33 @@ def _compute(walk: Walk) -> None:
                 mosaic.wgmma(dq, ds_all.at[i, row].transpose((1, 0)), keys)
 
         *carry, dq = mosaic.accumulate(multiply, *carry, mosaic.Zeros(ROWS, ROWS))
-        _add(walk, step, dq)
+        _add_to_dq(walk, visit, dq)
         return tuple(carry)
 
-    dk, dv = walk.queries(attend, (zeros(h), zeros(h)))
+    dk, dv = walk.queries(add, (zeros(h), zeros(h)))
     # The others have read these keys too.
     plgpu.barrier_arrive(walk.shared.ds_stored)
     plgpu.barrier_wait(walk.shared.ds_stored)
     store_both(walk, dk, dv)
 
 
-def _add(walk: Walk, step: Step, dq: jax.Array) -> None:
+def _add_to_dq(walk: Walk, visit: Visit, dq: jax.Array) -> None:
     """Adds a warpgroup's part of a step's dQ to the sum."""
-    shared = walk.shared.dq_part.at[step.warpgroup]
-    row, column = _part(walk, step.warpgroup)
+    shared = walk.shared.dq_part.at[visit.warpgroup]
+    row, column = _part(walk, visit.warpgroup)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     shared[...] = dq
     plgpu.commit_smem()
-    rows = pl.ds(step.tile * walk.tile.block_q + row * ROWS, ROWS)
+    rows = pl.ds(visit.tile * walk.tile.block_q + row * ROWS, ROWS)
     columns = pl.ds(column, ROWS)
     place = walk.place
-    head = place.kv_head * walk.plan.group + step.member
+    head = place.kv_head * walk.call.group + visit.member
     total = walk.arrays.dq.at[place.batch, rows, head, columns]
     mosaic.add_to_global(shared, total)
 
 
 def _part(walk: Walk, warpgroup: jax.Array) -> tuple[Any, Any]:
     """Returns which 64 rows, and from which column, are a warpgroup's part of dQ."""
-    if walk.plan.k_shape[-1] == ROWS:
+    if walk.call.k_shape[-1] == ROWS:
         return warpgroup, 0
     return 0, warpgroup * ROWS

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The way of a CUDA block over the queries that see its tile of keys.
+"""The loop of the dK/dV kernels over the query tiles that see one key tile.
 
-The last warpgroup loads them, a tile at a time, into a ring in shared memory; the
-others compute. For the kernels that sum gradients of keys and values.
+The last warpgroup loads queries, a tile at a time, into a ring in shared memory; the
+others compute.
 """
 
 import dataclasses
@@ -18,23 +18,69 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic
-from pallas_kernels.attention.hopper.backward_plan import (
+from pallas_kernels.attention.hopper.backward_call import (
     REGISTERS,
     ROWS,
-    BackwardPlan,
+    BackwardCall,
     Inputs,
-    KeyTile,
-    KeyTiles,
     hide,
 )
+from pallas_kernels.attention.hopper.query_tiles import L2_BYTES, divmod_by
+from pallas_kernels.attention.ranges import key_tile_bounds
 from pallas_kernels.attention.tiles import KeyGradientTile
 
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)  # a number a query, beside [keys, queries]
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
-    """A tile of queries of one of the heads that share the keys."""
+class KeyTile:
+    """Indices of the tile of keys of a head that a CUDA block works on."""
+
+    batch: jax.Array
+    kv_head: jax.Array
+    tile: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyTiles:
+    """The tiles of keys of a call, and the tiles of queries that see each of them."""
+
+    call: BackwardCall
+    block_q: int
+    block_kv: int
+
+    @property
+    def num_tiles(self) -> int:
+        return pl.cdiv(self.call.k_shape[1], self.block_kv)
+
+    @property
+    def num_blocks(self) -> int:
+        return self.call.k_shape[0] * self.call.k_shape[2] * self.num_tiles
+
+    def steps(self, start_BT: jax.Array, end_BT: jax.Array) -> jax.Array:
+        """Returns the bounds of each tile, [B, tiles, 4], in tiles of queries."""
+        s = self.call.k_shape[1]
+        bounds = key_tile_bounds(start_BT, end_BT, s, self.block_q, self.block_kv)
+        return jnp.stack(bounds, axis=-1)
+
+    def of_block(self, block: jax.Array) -> KeyTile:
+        """Returns what a CUDA block works on.
+
+        Blocks start in order. The first tiles of keys, under a causal mask the longest,
+        come first; the heads in flight are so few that L2 holds their queries.
+        """
+        (_, t, _, h), (b, _, k, _) = self.call.q_shape, self.call.k_shape
+        room = max(1, L2_BYTES // (4 * t * h * self.call.group))
+        together = max(i for i in range(1, b * k + 1) if b * k % i == 0 and i <= room)
+        section, block = divmod_by(block, together * self.num_tiles)
+        tile, pair = divmod_by(block, together)
+        batch, kv_head = divmod_by(section * together + pair, k)
+        return KeyTile(batch, kv_head, tile)
+
+
+@dataclasses.dataclass(frozen=True)
+class Visit:
+    """A step of the loop: a tile of queries of one of the heads that share the keys."""
 
     member: jax.Array  # head, counted among these
     tile: jax.Array
@@ -55,56 +101,56 @@ class Walk:
     shared: Any  # memory and barriers
 
     @property
-    def plan(self) -> BackwardPlan:
-        return self.tiles.plan
+    def call(self) -> BackwardCall:
+        return self.tiles.call
 
     @property
     def place(self) -> KeyTile:
         return _place(self.tiles)
 
-    def queries(self, step: Callable[[Step, Any], Any], carry: Any) -> Any:
-        """Returns carry after `carry = step(Step, carry)` for each step."""
+    def queries(self, visit: Callable[[Visit, Any], Any], carry: Any) -> Any:
+        """Returns carry after `carry = visit(Visit, carry)` of each tile."""
         lo, _, _, hi = self.steps
 
-        def visit(g, i, carry):
+        def visit_tile(g, i, carry):
             number = g * (hi - lo) + i - lo
             slot = lax.rem(number, jnp.int32(self.tile.num_stages))
             plgpu.barrier_wait(self.shared.loaded.at[slot])
             # Addresses that depend on the warpgroup are the same in each step. The
-            # barrier has them computed again; kept, they take 30 registers too many.
+            # barrier has them recomputed; kept, they take 30 registers too many.
             warpgroup = lax.optimization_barrier(self.warpgroup)
-            carry = step(Step(g, i, slot, number, warpgroup), carry)
+            carry = visit(Visit(g, i, slot, number, warpgroup), carry)
             plgpu.barrier_arrive(self.shared.consumed.at[slot])
             return carry
 
         def visit_head(g, carry):
-            return lax.fori_loop(lo, hi, functools.partial(visit, g), carry)
+            return lax.fori_loop(lo, hi, functools.partial(visit_tile, g), carry)
 
         plgpu.barrier_wait(self.shared.keys_loaded)
-        return lax.fori_loop(0, self.plan.group, visit_head, carry)
+        return lax.fori_loop(0, self.call.group, visit_head, carry)
 
-    def weights(self, step: Step, s: jax.Array, part: Any) -> Any:
-        """Returns `plan.weights` of masked s, products of a part's keys and queries."""
+    def weights(self, visit: Visit, s: jax.Array, part: Any) -> Any:
+        """Returns `call.weights` of masked s, products of a part's keys and queries."""
         _, full_lo, full_hi, _ = self.steps
-        start, end = (self._across_keys(self.shared.ranges, step, i) for i in range(2))
+        start, end = (self._across_keys(self.shared.ranges, visit, i) for i in range(2))
         first = self.first_key(part)
         s = lax.cond(
-            (step.tile < full_lo) | (step.tile >= full_hi),
+            (visit.tile < full_lo) | (visit.tile >= full_hi),
             lambda s: hide(s, first, 0, start, end),
             lambda s: s,
             s,
         )
-        return self.plan.weights(s, self._across_keys(self.shared.terms, step, 0))
+        return self.call.weights(s, self._across_keys(self.shared.terms, visit, 0))
 
-    def start(self, step: Step) -> jax.Array | mosaic.Zeros:
+    def start(self, visit: Visit) -> jax.Array | mosaic.Zeros:
         """Returns what products of keys and queries start from."""
-        if self.plan.softcap is not None:
+        if self.call.softcap is not None:
             return mosaic.Zeros(ROWS, self.tile.block_q)
-        return self._across_keys(self.shared.terms, step, 0)()
+        return self._across_keys(self.shared.terms, visit, 0)()
 
-    def delta_term(self, step: Step) -> jax.Array:
+    def delta_term(self, visit: Visit) -> jax.Array:
         """Returns what products of values and dout start from."""
-        return self._across_keys(self.shared.terms, step, 1)()
+        return self._across_keys(self.shared.terms, visit, 1)()
 
     def first_key(self, part: jax.Array | int) -> jax.Array:
         """Returns the first of the 64 keys of a part of the tile."""
@@ -119,16 +165,16 @@ class Walk:
         target = array.at[place.batch, keys, place.kv_head]
         plgpu.copy_smem_to_gmem(shared.at[part], target)
 
-    def _across_keys(self, ring, step, i) -> Callable[[], jax.Array]:
+    def _across_keys(self, ring, visit, i) -> Callable[[], jax.Array]:
         def read():
-            x = plgpu.load(ring.at[step.slot, i], layout=COLUMNS)
+            x = plgpu.load(ring.at[visit.slot, i], layout=COLUMNS)
             return lax.broadcast_in_dim(x, (ROWS, self.tile.block_q), (1,))
 
         return read
 
 
 def walk_kernel(
-    plan: BackwardPlan,
+    call: BackwardCall,
     inputs: Inputs,
     start_BT: jax.Array,
     end_BT: jax.Array,
@@ -149,18 +195,18 @@ def walk_kernel(
       extra_inputs: more of `Walk.arrays`.
       extra_shared: more of `Walk.shared`.
     """
-    dtype, h = inputs.k_BSKH.dtype, plan.k_shape[-1]
-    tiles = KeyTiles(plan, tile.block_q, num_parts * ROWS)
+    dtype, h = inputs.k_BSKH.dtype, call.k_shape[-1]
+    tiles = KeyTiles(call, tile.block_q, num_parts * ROWS)
     # Mosaic infers from their use that TMA lays them out as wgmma reads them.
     keys = plgpu.SMEM((num_parts, ROWS, h), dtype)
     queries = plgpu.SMEM((tile.num_stages, tile.block_q, h), dtype)
     rows = tile.num_stages, 2, tile.block_q
-    out = jax.ShapeDtypeStruct(plan.k_shape, dtype)
+    out = jax.ShapeDtypeStruct(call.k_shape, dtype)
     names = ("q", "k", "v", "dout", "terms", "ranges", "steps", *extra_inputs)
 
     def body(*refs, **shared):
         arrays = dict(zip((*names, "dk", "dv"), refs, strict=True))
-        _run(tiles, tile, compute, arrays, types.SimpleNamespace(**shared))
+        _body(tiles, tile, compute, arrays, types.SimpleNamespace(**shared))
 
     return mosaic.kernel(
         body,
@@ -187,7 +233,7 @@ def walk_kernel(
     )(*inputs, tiles.steps(start_BT, end_BT), *extra_inputs.values())
 
 
-def _run(tiles: KeyTiles, tile: KeyGradientTile, compute, arrays, shared) -> None:
+def _body(tiles: KeyTiles, tile: KeyGradientTile, compute, arrays, shared) -> None:
     warpgroup, arrays = lax.axis_index("warpgroup"), types.SimpleNamespace(**arrays)
     registers = REGISTERS[tile.num_warpgroups]
 
@@ -209,11 +255,11 @@ def _run(tiles: KeyTiles, tile: KeyGradientTile, compute, arrays, shared) -> Non
 
 
 def _place(tiles: KeyTiles) -> KeyTile:
-    """Returns what the CUDA block works on, computed again at each call.
+    """Returns what the CUDA block works on, recomputed at each call.
 
     Kept, it would take registers that the loops have not.
     """
-    return tiles.place(lax.optimization_barrier(lax.axis_index("block")))
+    return tiles.of_block(lax.optimization_barrier(lax.axis_index("block")))
 
 
 def _load(walk: Walk) -> None:
@@ -228,9 +274,9 @@ def _load(walk: Walk) -> None:
     lo, hi = walk.steps[0], walk.steps[-1]
     stages, size = jnp.int32(walk.tile.num_stages), walk.tile.block_q
 
-    @pl.loop(0, walk.plan.group)
+    @pl.loop(0, walk.call.group)
     def _(g):
-        head = place.kv_head * walk.plan.group + g
+        head = place.kv_head * walk.call.group + g
 
         @pl.loop(lo, hi)
         def _(i):

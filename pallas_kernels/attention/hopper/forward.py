@@ -12,6 +12,7 @@ Source: Dao, "FlashAttention-2" (arXiv:2307.08691), the loop over keys; Shah et 
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -21,17 +22,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic
-from pallas_kernels.attention.hopper.forward_plan import Place, Plan, Steps
-from pallas_kernels.attention.hopper.logits import LOG2E, tanh
+from pallas_kernels.attention.hopper.query_tiles import QueryTile, QueryTiles, Steps
 from pallas_kernels.attention.tiles import ForwardTile
 
+LOG2E = math.log2(math.e)
 # The greatest logit of a query that has seen no key. Finite: a masked logit, -inf,
 # minus it is no NaN.
 LOWEST = -1e30
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # a number a query, beside the accumulators
 
 
-def forward(
+def forward_kernel(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
@@ -57,21 +58,21 @@ def forward(
       of the sum of exp(logits), sink included, -inf where there is neither.
     """
     b, t, n, h = q_BTNH.shape
-    plan = Plan(q_BTNH.shape, k_BSKH.shape, scale=scale, softcap=softcap, tile=tile)
+    tiles = QueryTiles(q_BTNH.shape, k_BSKH.shape, tile.queries, tile.block_kv)
     # TMA copies rows of whole 16 bytes, so whole tiles of lse are written.
-    padded_t = plan.num_tiles * plan.tile.queries
+    padded_t = tiles.num_tiles * tile.queries
     padding = ((0, 0), (0, padded_t - t))
     if sinks_N is None:
         sinks_N = jnp.full(n, -jnp.inf, jnp.float32)
     out_BTNH, lse_BNT = mosaic.kernel(
-        functools.partial(_run, plan),
+        functools.partial(_body, _Call(tiles, tile, scale, softcap)),
         name="attention_forward",
         out_type=(
             jax.ShapeDtypeStruct(q_BTNH.shape, q_BTNH.dtype),
             jax.ShapeDtypeStruct((b, n, padded_t), jnp.float32),
         ),
         scratch_types=_scratch(h, q_BTNH.dtype, tile),
-        grid=(plan.num_blocks,),
+        grid=(tiles.num_blocks,),
         grid_names=("block",),
         num_threads=3,
         thread_name="warpgroup",
@@ -81,10 +82,36 @@ def forward(
         v_BSKH,
         jnp.pad(start_BT, padding),
         jnp.pad(end_BT, padding),
-        plan.steps(start_BT, end_BT),
+        tiles.steps(start_BT, end_BT),
         sinks_N.astype(jnp.float32),
     )
     return out_BTNH, lse_BNT[:, :, :t]
+
+
+def tanh(x: jax.Array) -> jax.Array:
+    """Returns tanh(x) to 1e-6, for a kernel.
+
+    The tensor cores' companion, tanh.approx, is right to 5e-4 only: with a soft cap of
+    50 that moves a logit by 0.02, more than bfloat16 weights lose. 1 / y is rsqrt(y)**2
+    because a division is no single instruction.
+    """
+    root = lax.rsqrt(1.0 + jnp.exp2(x * (2 * LOG2E)))
+    return 1.0 - 2.0 * (root * root)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What is known of a call when it is traced."""
+
+    tiles: QueryTiles
+    tile: ForwardTile
+    scale: float
+    softcap: float | None
+
+    @property
+    def to_log2(self) -> float:
+        """What makes products q k, or their tanh, logits to the base 2."""
+        return LOG2E * (self.scale if self.softcap is None else self.softcap)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,26 +156,26 @@ def _scratch(h: int, dtype: Any, tile: ForwardTile) -> dict[str, Any]:
     )
 
 
-def _run(plan: Plan, *refs: Any, **shared: Any) -> None:
+def _body(call: _Call, *refs: Any, **shared: Any) -> None:
     memory = _Memory(*refs, **shared)
-    place = plan.place(lax.axis_index("block"))
+    place = call.tiles.of_block(lax.axis_index("block"))
     steps = Steps(*(memory.steps[place.batch, place.q_tile, i] for i in range(4)))
     warpgroup = lax.axis_index("warpgroup")
 
     @pl.when(warpgroup < 2)
     def _():
         plgpu.set_max_registers(240, action="increase")
-        _compute(plan, memory, place, steps, warpgroup)
+        _compute(call, memory, place, steps, warpgroup)
 
     @pl.when(warpgroup == 2)
     def _():
         plgpu.set_max_registers(24, action="decrease")
-        _load(plan, memory, place, steps)
+        _load(call, memory, place, steps)
 
 
-def _load(plan: Plan, memory: _Memory, place: Place, steps: Steps) -> None:
+def _load(call: _Call, memory: _Memory, place: QueryTile, steps: Steps) -> None:
     """Copies the keys and values of each step into the rings."""
-    size, stages = plan.tile.block_kv, plan.tile.num_stages
+    size, stages = call.tile.block_kv, call.tile.num_stages
 
     @pl.loop(0, steps.num)
     def _(step):
@@ -167,9 +194,9 @@ def _load(plan: Plan, memory: _Memory, place: Place, steps: Steps) -> None:
             plgpu.copy_gmem_to_smem(source, ring.at[slot], loaded.at[slot])
 
 
-def _compute(plan, memory, place, steps, warpgroup) -> None:
+def _compute(call, memory, place, steps, warpgroup) -> None:
     """Attends from one tile of queries."""
-    block_q = plan.tile.block_q
+    block_q = call.tile.block_q
     rows = pl.ds((place.q_tile * 2 + warpgroup) * block_q, block_q)
     q_smem, q_loaded = memory.q_smem.at[warpgroup], memory.q_loaded.at[warpgroup]
     queries = memory.q.at[place.batch, rows, place.head]
@@ -182,16 +209,16 @@ def _compute(plan, memory, place, steps, warpgroup) -> None:
     sink = memory.sinks[place.head] * LOG2E
     top = jnp.maximum(sink, LOWEST)
     total = _rows(jnp.exp2(sink - top), block_q)
-    acc = jnp.zeros((block_q, plan.q_shape[-1]), jnp.float32)
+    acc = jnp.zeros((block_q, call.tiles.q_shape[-1]), jnp.float32)
     carry = plgpu.layout_cast(acc, plgpu.Layout.WGMMA), _rows(top, block_q), total
     plgpu.barrier_wait(q_loaded)
     pl.when(warpgroup == 1)(lambda: _next_turn(memory))
-    attend = functools.partial(_attend, plan, memory, q_smem, steps, (start, end))
+    add_keys = functools.partial(_add_keys, call, memory, q_smem, steps, (start, end))
     carry = lax.fori_loop(
-        0, steps.num_masked, functools.partial(attend, masked=True), carry
+        0, steps.num_masked, functools.partial(add_keys, masked=True), carry
     )
     acc, top, total = lax.fori_loop(
-        steps.num_masked, steps.num, functools.partial(attend, masked=False), carry
+        steps.num_masked, steps.num, functools.partial(add_keys, masked=False), carry
     )
     pl.when(warpgroup == 0)(lambda: _next_turn(memory))
     seen = total > 0
@@ -204,10 +231,10 @@ def _compute(plan, memory, place, steps, warpgroup) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
-def _attend(plan, memory, q_smem, steps, visible, step, carry, *, masked):
+def _add_keys(call, memory, q_smem, steps, visible, step, carry, *, masked):
     """Adds a block of keys to what a tile of queries has seen."""
     acc, top, total = carry
-    stages = jnp.int32(plan.tile.num_stages)
+    stages = jnp.int32(call.tile.num_stages)
     slot, next_slot = lax.rem(step, stages), lax.rem(step + 1, stages)
 
     def multiply_keys(products):
@@ -216,17 +243,17 @@ def _attend(plan, memory, q_smem, steps, visible, step, carry, *, masked):
 
     pl.when(step == 0)(lambda: plgpu.barrier_wait(memory.k_loaded.at[0]))
     logits = mosaic.accumulate(
-        multiply_keys, mosaic.Zeros(plan.tile.block_q, plan.tile.block_kv)
+        multiply_keys, mosaic.Zeros(call.tile.block_q, call.tile.block_kv)
     )
     plgpu.barrier_arrive(memory.k_consumed.at[slot])
-    if plan.softcap is not None:
-        logits = tanh(logits * (plan.scale / plan.softcap))
+    if call.softcap is not None:
+        logits = tanh(logits * (call.scale / call.softcap))
     if masked:
-        first = steps.block(step) * plan.tile.block_kv
+        first = steps.block(step) * call.tile.block_kv
         logits = _masked(logits, *(bound - first for bound in visible))
     # `top` has the base 2, so that an exponential takes one multiply-add and exp2.
-    new_top = jnp.maximum(top, logits.max(axis=1) * plan.to_log2)
-    weights = jnp.exp2(logits * plan.to_log2 - _across(new_top, logits))
+    new_top = jnp.maximum(top, logits.max(axis=1) * call.to_log2)
+    weights = jnp.exp2(logits * call.to_log2 - _across(new_top, logits))
     shrink = jnp.exp2(top - new_top)
     total = total * shrink + weights.sum(axis=1)
     acc = acc * _across(shrink, acc)

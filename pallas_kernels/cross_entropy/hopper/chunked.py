@@ -2,9 +2,9 @@
 """Output projection and cross-entropy around the kernel, a chunk of tokens at a time.
 
 The matmuls are XLA's. Between them, the kernel reads each float32 logit once and writes
-its exponential in bfloat16; what turns that into the gradient is a factor of the row,
-known after the row (and, where the vocabulary is cut, after the other devices), which
-is applied in place: 10 bytes a logit in all. Factors on x and dx instead would save 4,
+its exponential in bfloat16. A factor of the row turns that into the gradient, in place:
+it is known after the row (and, where the vocabulary is sharded, after the other
+devices). That is 10 bytes a logit in all. Factors on x and dx instead would save 4,
 but round x once more: where nearly all of dw comes from the targets, as at the start of
 a training, that error is many times that of the reference.
 """
@@ -137,8 +137,8 @@ def _read_logits(x_TD, w, words_T, buffer, letters, softcap, parts):
         return None, (reference_T, total_T, jnp.where(here_T, target_T, 0.0))
 
     starts = jnp.arange(0, parts * rows, rows, dtype=jnp.int32)[:, None]
-    cut = (starts, x_TD.reshape(parts, rows, -1), words_T.reshape(parts, rows))
-    _, found = jax.lax.scan(read_part, None, cut)
+    inputs = (starts, x_TD.reshape(parts, rows, -1), words_T.reshape(parts, rows))
+    _, found = jax.lax.scan(read_part, None, inputs)
     return (each.reshape(-1) for each in found)
 
 

@@ -15,7 +15,7 @@ from pallas_kernels.cross_entropy.tiles import EXPONENTIALS, GRADIENT, WARPGROUP
 
 LOG2_E = 1.4426950408889634
 
-# A row with a logit so far above its reference is done again: exponentials and their
+# A row with a logit so far above its reference is recomputed: exponentials and their
 # sums stay far from overflow.
 MARGIN = 20.0
 
@@ -152,7 +152,7 @@ def _read_row(logits_gmem, outs, finish, softcap, tile):
             total += e
         return total, top
 
-    def run(reference):
+    def read_with(reference):
         def step(i, carry):
             raw, total, top = carry
             ahead = load(i + 1)  # on its way while this step is computed
@@ -168,11 +168,11 @@ def _read_row(logits_gmem, outs, finish, softcap, tile):
 
     head = load(0)
     near = jnp.max(_capped(functools.reduce(jnp.maximum, head), softcap)[0])
-    top = run(near)
+    top = read_with(near)
 
     @pl.when(top > near + MARGIN)
     def _():
-        run(top)
+        read_with(top)
 
 
 def _capped(x: jax.Array, softcap: float | None) -> tuple[jax.Array, jax.Array | None]:

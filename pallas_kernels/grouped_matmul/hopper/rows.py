@@ -11,8 +11,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic
 from pallas_kernels.grouped_matmul.hopper import pipeline
+from pallas_kernels.grouped_matmul.hopper.groups import ALIGNMENT, RowTiles
 from pallas_kernels.grouped_matmul.hopper.pipeline import CHUNK
-from pallas_kernels.grouped_matmul.hopper.schedule import ALIGNMENT, RowTiles
 from pallas_kernels.grouped_matmul.tiles import (
     DEPTH,
     NUM_WARPGROUPS,
@@ -139,10 +139,7 @@ def _body(*refs, transposed: bool, tile: Tile, blocks: int):
             step = pipeline.finish_steps(step, own_steps, steps, tile, full, free)
             slots, ragged = out_s.at[warpgroup], ragged_s.at[warpgroup]
             product = product.astype(out.dtype)
-            _store(
-                *(product, out, slots, ragged),
-                *(base, first, end, column * tile.columns),
-            )
+            _store(product, out, slots, ragged, base, first, end, column * tile.columns)
             return step
 
         run_tiles(compute_tile)

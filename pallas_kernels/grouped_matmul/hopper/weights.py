@@ -11,8 +11,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic
 from pallas_kernels.grouped_matmul.hopper import pipeline
+from pallas_kernels.grouped_matmul.hopper.groups import ALIGNMENT, Groups
 from pallas_kernels.grouped_matmul.hopper.pipeline import CHUNK
-from pallas_kernels.grouped_matmul.hopper.schedule import ALIGNMENT, Groups
 from pallas_kernels.grouped_matmul.tiles import (
     DEPTH,
     NUM_WARPGROUPS,

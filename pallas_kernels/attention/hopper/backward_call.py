@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the backward kernels share: their inputs, and logits again from products.
+"""The inputs that the backward kernels share, and the weights, recomputed in each.
 
 With P = exp(logits - lse) and D = sum_h(out * dout) the gradients are, a head,
 dV = P^T dout, dS = P * (dout V^T - D), dQ = scale * dS K and dK = scale * dS^T Q.
@@ -15,13 +15,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention.hopper.forward_plan import L2_BYTES
-from pallas_kernels.attention.hopper.logits import LOG2E, tanh
-from pallas_kernels.attention.ranges import key_tile_bounds
+from pallas_kernels.attention.hopper.forward import LOG2E, tanh
 
 ROWS = 64  # of the least product that a warpgroup makes
 # Of a thread, by the number of warpgroups that compute, for these and for the loader.
@@ -40,7 +36,7 @@ class Inputs(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class BackwardPlan:
+class BackwardCall:
     """What is known of a call when it is traced."""
 
     q_shape: tuple[int, ...]
@@ -54,12 +50,15 @@ class BackwardPlan:
 
     def inputs(
         self,
-        qkv: tuple[jax.Array, jax.Array, jax.Array],
+        q_BTNH: jax.Array,
+        k_BSKH: jax.Array,
+        v_BSKH: jax.Array,
         out_BTNH: jax.Array,
         lse_BNT: jax.Array,
         dout_BTNH: jax.Array,
         start_BT: jax.Array,
         end_BT: jax.Array,
+        *,
         multiple: int,
     ) -> Inputs:
         """Returns what the kernels read; multiple is of queries in a tile."""
@@ -78,7 +77,14 @@ class BackwardPlan:
         ]
         end_BT = jnp.minimum(end_BT, self.k_shape[1])
         ranges = [_pad(x, beyond, 0) for x in (start_BT, end_BT)]
-        return Inputs(*qkv, dout_BTNH, jnp.stack(terms, 2), jnp.stack(ranges, 1))
+        return Inputs(
+            q_BTNH,
+            k_BSKH,
+            v_BSKH,
+            dout_BTNH,
+            terms=jnp.stack(terms, 2),
+            ranges=jnp.stack(ranges, 1),
+        )
 
     def weights(
         self, s: jax.Array, lse_term: Callable[[], jax.Array]
@@ -118,57 +124,6 @@ def hide(
 def zeros(h: int) -> jax.Array:
     """Returns what a gradient of 64 queries or keys starts from."""
     return plgpu.layout_cast(jnp.zeros((ROWS, h), jnp.float32), plgpu.Layout.WGMMA)
-
-
-@dataclasses.dataclass(frozen=True)
-class KeyTile:
-    """What a CUDA block works on that goes over queries: a tile of keys of a head."""
-
-    batch: jax.Array
-    kv_head: jax.Array
-    tile: jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class KeyTiles:
-    """The tiles of keys of a call, and the tiles of queries that see each."""
-
-    plan: BackwardPlan
-    block_q: int
-    block_kv: int
-
-    @property
-    def num_tiles(self) -> int:
-        return pl.cdiv(self.plan.k_shape[1], self.block_kv)
-
-    @property
-    def num_blocks(self) -> int:
-        return self.plan.k_shape[0] * self.plan.k_shape[2] * self.num_tiles
-
-    def steps(self, start_BT: jax.Array, end_BT: jax.Array) -> jax.Array:
-        """Returns the bounds of each tile, [B, tiles, 4], in tiles of queries."""
-        s = self.plan.k_shape[1]
-        bounds = key_tile_bounds(start_BT, end_BT, s, self.block_q, self.block_kv)
-        return jnp.stack(bounds, axis=-1)
-
-    def place(self, block: jax.Array) -> KeyTile:
-        """Returns what a CUDA block works on.
-
-        Blocks start in order. The first tiles of keys, under a causal mask the longest,
-        come first; the heads in flight are so few that L2 holds their queries.
-        """
-        (_, t, _, h), (b, _, k, _) = self.plan.q_shape, self.plan.k_shape
-        room = max(1, L2_BYTES // (4 * t * h * self.plan.group))
-        together = max(i for i in range(1, b * k + 1) if b * k % i == 0 and i <= room)
-        section, block = _divmod(block, together * self.num_tiles)
-        tile, pair = _divmod(block, together)
-        batch, kv_head = _divmod(section * together + pair, k)
-        return KeyTile(batch, kv_head, tile)
-
-
-def _divmod(x: jax.Array, y: int) -> tuple[jax.Array, jax.Array]:
-    # lax: `//` on jax arrays spends instructions on signs.
-    return lax.div(x, jnp.int32(y)), lax.rem(x, jnp.int32(y))
 
 
 def _pad(x: jax.Array, beyond: int, value: float) -> jax.Array:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the forward kernel divides its work: which CUDA block does what, and how long."""
+"""Tiles of queries: which one a CUDA block works on, and which blocks of keys it sees.
+
+For the kernels that loop over the keys of a query tile: forward, and the gradient dQ.
+"""
 
 import dataclasses
 
@@ -8,47 +11,39 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.attention.hopper.logits import LOG2E
 from pallas_kernels.attention.ranges import query_tile_bounds
-from pallas_kernels.attention.tiles import ForwardTile
 
 # Keys and values that CUDA blocks which run together share; an H200's L2 has 50 MB.
 L2_BYTES = 32 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """What is known of a call when it is traced."""
+class QueryTiles:
+    """The tiles of queries of a call, and the blocks of keys that each sees."""
 
     q_shape: tuple[int, ...]
     k_shape: tuple[int, ...]
-    scale: float
-    softcap: float | None
-    tile: ForwardTile
+    block_q: int  # queries of a tile
+    block_kv: int  # keys of a block
 
     @property
     def num_tiles(self) -> int:
-        return pl.cdiv(self.q_shape[1], self.tile.queries)
+        return pl.cdiv(self.q_shape[1], self.block_q)
 
     @property
     def num_blocks(self) -> int:
         return self.q_shape[0] * self.q_shape[2] * self.num_tiles
 
-    @property
-    def to_log2(self) -> float:
-        """What makes products q k, or their tanh, logits to the base 2."""
-        return LOG2E * (self.scale if self.softcap is None else self.softcap)
-
     def steps(self, start_BT: jax.Array, end_BT: jax.Array) -> jax.Array:
         """Returns the bounds of each tile, [B, tiles, 4], in blocks of keys."""
-        size, s = self.tile.block_kv, self.k_shape[1]
-        bounds = query_tile_bounds(start_BT, end_BT, s, self.tile.queries)
+        size, s = self.block_kv, self.k_shape[1]
+        bounds = query_tile_bounds(start_BT, end_BT, s, self.block_q)
         lo, hi = bounds.lo // size, pl.cdiv(bounds.hi, size)
         full_lo = jnp.clip(pl.cdiv(bounds.full_lo, size), lo, hi)
         full_hi = jnp.clip(bounds.full_hi // size, full_lo, hi)
         return jnp.stack([lo, full_lo, full_hi, hi], axis=-1)
 
-    def place(self, block: jax.Array) -> "Place":
+    def of_block(self, block: jax.Array) -> "QueryTile":
         """Returns what a CUDA block works on.
 
         Blocks start in order. The last tiles of queries, under a causal mask the
@@ -58,17 +53,17 @@ class Plan:
         room = max(1, L2_BYTES // (4 * s * h))
         together = max(i for i in range(1, b * k + 1) if b * k % i == 0 and i <= room)
         width = together * (n // k)
-        section, block = _divmod(block, width * self.num_tiles)
-        from_last, block = _divmod(block, width)
-        pair, member = _divmod(block, n // k)
-        batch, kv_head = _divmod(section * together + pair, k)
+        section, block = divmod_by(block, width * self.num_tiles)
+        from_last, block = divmod_by(block, width)
+        pair, member = divmod_by(block, n // k)
+        batch, kv_head = divmod_by(section * together + pair, k)
         head = kv_head * (n // k) + member
-        return Place(batch, head, kv_head, self.num_tiles - 1 - from_last)
+        return QueryTile(batch, head, kv_head, self.num_tiles - 1 - from_last)
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """Indices of what a CUDA block works on."""
+class QueryTile:
+    """Indices of the tile of queries of a head that a CUDA block works on."""
 
     batch: jax.Array
     head: jax.Array
@@ -104,6 +99,6 @@ class Steps:
         return step + jnp.where(step < num_before, self.lo, later)
 
 
-def _divmod(x: jax.Array, y: int) -> tuple[jax.Array, jax.Array]:
-    # lax: `//` on jax arrays spends instructions on signs.
+def divmod_by(x: jax.Array, y: int) -> tuple[jax.Array, jax.Array]:
+    """Returns divmod of x, at least 0, by lax: `//` spends instructions on signs."""
     return lax.div(x, jnp.int32(y)), lax.rem(x, jnp.int32(y))
