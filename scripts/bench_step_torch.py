@@ -94,7 +94,10 @@ class Llama(nn.Module):
         if self.remat == "none":
             return block(x, self.cos, self.sin)
         return checkpoint.checkpoint(
-            *(block, x, self.cos, self.sin),
+            block,
+            x,
+            self.cos,
+            self.sin,
             use_reentrant=False,
             context_fn=functools.partial(
                 checkpoint.create_selective_checkpoint_contexts, keep_attention

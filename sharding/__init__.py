@@ -13,8 +13,8 @@ from sharding.arrays import (
     local,
     out_sharding,
     place_like,
-    placed,
     reduce_to_storage,
+    spec_of,
 )
 from sharding.errors import ShardingError
 from sharding.mesh import AXES, abstract_mesh, make_mesh, resolve_sizes
@@ -49,10 +49,10 @@ __all__ = [
     "named_sharding",
     "out_sharding",
     "place_like",
-    "placed",
     "plan",
     "reduce_to_storage",
     "resolve_sizes",
     "spec",
+    "spec_of",
     "to_zigzag",
 ]

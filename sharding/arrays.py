@@ -32,7 +32,7 @@ def out_sharding(letters: str, table: Table = COMPUTE) -> jax.P | None:
 
 
 def axes_of(letter: str) -> tuple[str, ...]:
-    """Returns the free mesh axes that cut this letter in COMPUTE."""
+    """Returns the free mesh axes that shard this letter in COMPUTE."""
     free = free_axes(jax.sharding.get_abstract_mesh())
     return tuple(axis for axis in COMPUTE.get(letter, ()) if axis in free)
 
@@ -72,12 +72,12 @@ def add_products(
 
     Args:
       products: subscripts and operands as for `einsum`.
-      like: lies where the result shall: as COMPUTE says or cut further.
+      like: lies where the result shall: as COMPUTE says or sharded further.
     """
     each = [subscripts.partition("->")[::2] for subscripts, _, _ in products]
     axes = {_contracted_axes(subscripts) for subscripts, _, _ in products}
     assert len({out for _, out in each}) == len(axes) == 1, "parts of different sums"
-    summed, target = axes.pop(), placed(like)
+    summed, target = axes.pop(), spec_of(like)
 
     def block(*operands: jax.Array) -> jax.Array:
         pairs = zip(operands[::2], operands[1::2], products, strict=True)
@@ -97,7 +97,7 @@ def _contracted_axes(subscripts: str) -> frozenset[str]:
 
 
 def _add_up(partial: jax.Array, axes: Set[str], target: jax.P | None) -> jax.Array:
-    """Adds up each device's part over axes; what target cuts by these is cut at once.
+    """Adds up each device's part over axes: an all-reduce, or reduce-scatter to target.
 
     Only inside `local`.
     """
@@ -117,15 +117,15 @@ def constrain(x: jax.Array, letters: str, table: Table = COMPUTE) -> jax.Array:
     return x if target is None else jax.sharding.reshard(x, target)
 
 
-def placed(x: jax.Array) -> jax.P | None:
-    """Returns where x lies; None without a mesh."""
+def spec_of(x: jax.Array) -> jax.P | None:
+    """Returns the partition spec of x; None without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty else jax.typeof(x).sharding.spec
 
 
 def place_like(x: jax.Array, other: jax.Array) -> jax.Array:
     """Returns x placed as another array with the same dims is."""
-    target = placed(other)
+    target = spec_of(other)
     return x if target is None else jax.sharding.reshard(x, target)
 
 
@@ -146,7 +146,7 @@ def local(
 
     Gradients are right if no device's part of a result needs another device's part of
     an argument: that of an argument is added up, in the argument's dtype, over the mesh
-    axes that cut other arguments and not this one. A function may gather other parts
+    axes that shard other arguments and not this one. A function may gather other parts
     itself, and then adds up what it returns to them.
 
     Args:
@@ -170,7 +170,7 @@ def _local(function, in_specs, out_specs):
     """Differentiates inside `shard_map`, each device its own part.
 
     The transpose that JAX makes of a `shard_map` adds gradients up along every axis
-    that does not cut an argument, also along those that cut nothing here.
+    that does not shard an argument, also along those that shard nothing here.
     """
     cuts = [
         {axis for entry in each for axis in axes_of_entry(entry)} for each in in_specs
@@ -194,7 +194,7 @@ def _local(function, in_specs, out_specs):
         )
 
     @jax.custom_vjp
-    def run(*args):
+    def over_parts(*args):
         return over_devices(function, in_specs, out_specs)(*args)
 
     def forward(*args):
@@ -218,8 +218,8 @@ def _local(function, in_specs, out_specs):
         others = tuple(axis for axis in axes if axis not in cut)
         return jax.lax.psum(gradient, others) if others else gradient
 
-    run.defvjp(forward, backward)
-    return run
+    over_parts.defvjp(forward, backward)
+    return over_parts
 
 
 def along(
@@ -258,11 +258,11 @@ def add_along(letter: str, x: jax.Array) -> jax.Array:
 
 
 def reduce_to_storage(partial: jax.Array, letters: str) -> jax.Array:
-    """Adds up each device's gradient of a parameter, leaving it cut as in STORAGE.
+    """Adds up each device's gradient of a parameter, leaving it sharded as in STORAGE.
 
-    Only inside `local`: partial is a sum over this device's part of the batch, cut by
-    COMPUTE like the parameter in use. An axis that cuts the parameter then has brought
-    it the whole batch along that axis already, as `expert` does.
+    Only inside `local`: partial is a sum over this device's part of the batch, sharded
+    by COMPUTE like the parameter in use. An axis that shards the parameter then has
+    brought it the whole batch along that axis already, as `expert` does.
     """
     in_use = {axis for letter in letters for axis in axes_of(letter)}
     left = {axis for letter in "BT" for axis in axes_of(letter)} - in_use

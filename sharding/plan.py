@@ -112,8 +112,8 @@ def plan(
     Raises:
       ShardingError: unknown letter; letters that do not fit the rank; a mesh axis used
         twice or unknown; a dim that an axis does not divide; a parameter of 1 MiB or
-        more on every device though an axis could cut it; an override that matches
-        nothing; a mesh axis that cuts no parameter.
+        more on every device though an axis could shard it; an override that matches
+        nothing; a mesh axis that shards no parameter.
     """
     overrides = overrides or {}
     problems: list[str] = []

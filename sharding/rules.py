@@ -2,8 +2,8 @@
 """The partition tables, and how letters become a `PartitionSpec`.
 
 COMPUTE places activations, and weights while they are used. STORAGE places parameters,
-gradients and optimizer state at rest: it also cuts D, which a use gathers first.
-RESIDUAL places what is between the layers' products, where `tensor` cuts no width.
+gradients and optimizer state at rest: it also shards D, which a use gathers first.
+RESIDUAL places what is between the layers' products, where `tensor` shards no width.
 
 Between layers of experts, `expert` is one more axis of the batch.
 """
@@ -40,12 +40,12 @@ STORAGE: Table = {
     "L": ("stage",),
 }
 
-# The residual stream and its norms. No letter of theirs is cut by `tensor`, which would
-# have them whole on each of its devices: it cuts T, as in sequence parallelism
+# The residual stream and its norms. `tensor` shards no letter of theirs and would have
+# them whole on each of its devices: it shards T, as in sequence parallelism
 # (Korthikanti et al., arXiv:2205.05198).
 RESIDUAL: Table = {**COMPUTE, "T": ("context", "tensor")}
 
-# It leaves an axis to another letter of its tensor: D is cut by `expert` in all weights
+# It leaves an axis to another letter of its tensor: `expert` shards D in all weights
 # but those of the experts.
 YIELDS = "D"
 
@@ -75,7 +75,7 @@ def free_axes(mesh: AnyMesh) -> frozenset[str]:
 
 @contextlib.contextmanager
 def cutting(axes: frozenset[str]) -> Iterator[None]:
-    """Says, while a block of a `shard_map` is traced, which axes cut its arguments."""
+    """Says which axes shard the arguments of the `shard_map` that is being traced."""
     token = _cutting.set(axes)
     try:
         yield
@@ -84,7 +84,7 @@ def cutting(axes: frozenset[str]) -> Iterator[None]:
 
 
 def axes_by_letter(letters: str, table: Table, mesh: AnyMesh) -> list[list[str]]:
-    """Returns the free mesh axes that cut each dim of a tensor."""
+    """Returns the free mesh axes that shard each dim of a tensor."""
     free = free_axes(mesh)
     claimed = {
         axis

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of tokens cut so that, under a causal mask, every device has the same work.
+"""Rows of tokens sharded so that, under a causal mask, every device has the same work.
 
 Late tokens see more than early ones. With C devices along T's axis a row is 2 C chunks
 of equal length, and device c holds the chunks c and 2 C - 1 - c: an early one and the
@@ -23,7 +23,7 @@ DIM = 1  # T of what these functions take
 def to_zigzag(*rows_BT: jax.Array) -> tuple[jax.Array, ...]:
     """Returns whole numbers of each token with the columns in zig-zag order.
 
-    The arrays are global ones, in the order of the text; without an axis that cuts T
+    The arrays are global ones, in the order of the text; without an axis that shards T
     they stay as they are. All go in one all-gather of rows of 4-byte numbers.
     """
     axes = axes_of("T")
@@ -58,7 +58,7 @@ def check_length(setting: str, length: int, mesh: AnyMesh) -> None:
     )
 
 
-# The functions below are for the inside of `local`, where T is cut.
+# The functions below are for the inside of `local`, where T is sharded.
 
 
 def own_part(x: jax.Array) -> jax.Array:

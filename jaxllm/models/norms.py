@@ -24,20 +24,20 @@ class Norm(nnx.Module):
             self.bias = vector(0.0, (config.d_model,), "D")
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        return self._run(sharding.placed(x_BTD), x_BTD)
+        return self._norm_locally(sharding.spec_of(x_BTD), x_BTD)
 
     def add(self, x_BTD: jax.Array, y_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns the norm of x + y, and x + y: one pass of a kernel over both."""
-        place = sharding.placed(x_BTD)
-        return self._run((place, place), x_BTD, residual=y_BTD)
+        place = sharding.spec_of(x_BTD)
+        return self._norm_locally((place, place), x_BTD, residual=y_BTD)
 
-    def _run(self, outs: Any, x_BTD: jax.Array, **added_BTD: jax.Array) -> Any:
+    def _norm_locally(self, outs: Any, x_BTD: jax.Array, **added_BTD: jax.Array) -> Any:
         layer = self.config.norm == "layernorm"
         norm = pallas_kernels.layer_norm if layer else pallas_kernels.rms_norm
         parameters = {"scale": self.scale} | ({"bias": self.bias} if layer else {})
         names = (*parameters, *added_BTD)
 
-        def run(x_BTD, *arrays):
+        def local_norm(x_BTD, *arrays):
             return norm(
                 x_BTD,
                 **dict(zip(names, arrays, strict=True)),
@@ -49,9 +49,11 @@ class Norm(nnx.Module):
             sharding.gather(vector[...], "D", jnp.float32)
             for vector in parameters.values()
         ]
-        place = sharding.placed(x_BTD)
+        place = sharding.spec_of(x_BTD)
         ins = (place, *("D" for _ in vectors), *(place for _ in added_BTD))
-        return sharding.local(run, ins, outs)(x_BTD, *vectors, *added_BTD.values())
+        return sharding.local(local_norm, ins, outs)(
+            x_BTD, *vectors, *added_BTD.values()
+        )
 
 
 class HeadNorm(nnx.Module):

@@ -18,7 +18,7 @@ def matrix(key: jax.Array, shape: tuple[int, ...], axes: str, std: float) -> nnx
     """Returns a float32 parameter from a bell curve that ends at 4.9 deviations.
 
     The sum of eight 16-bit numbers (Irwin-Hall), because integers and one product give
-    the same bits on every device and however the array is cut; the inverse error
+    the same bits on every device and however the array is sharded; the inverse error
     function behind `jax.random.normal` does not.
     """
     assert len(shape) == len(axes), (shape, axes)
@@ -71,7 +71,7 @@ def project_all(
     Args:
       subscripts: "x letters,w letters,...->out letters,...", as many as weights.
       x: placed by COMPUTE, or by RESIDUAL: then each pass gathers it, and its gradient
-        is cut like it. Its dtype is the matmul's.
+        is sharded like it. Its dtype is the matmul's.
       weights: float32, placed by STORAGE.
       rematted: the call is inside `jax.checkpoint`, whose second forward pass gathers
         already: its backward pass then takes that, instead of a third gather.
@@ -196,7 +196,7 @@ def add_bias(x: jax.Array, bias: jax.Array, letters: str) -> jax.Array:
 def embed(
     tokens_BT: jax.Array, table_VD: jax.Array, dtype: jax.typing.DTypeLike
 ) -> jax.Array:
-    """Returns x_BTD, the rows of a table that V may be cut on; its gradient is float32.
+    """Returns x_BTD, rows of a table that may be sharded on V; its gradient is float32.
 
     Every device looks up the words that it has; the sum over V's axes completes them.
     """
@@ -251,7 +251,7 @@ def _num_parts(letter: str) -> int:
 def _random_bits(key: jax.Array, shape: tuple[int, ...], draw: int) -> jax.Array:
     """Returns uint32 that depend on the key, the draw and the element's index only.
 
-    A hash of the index is good enough to begin from, is cut like any other elementwise
+    A hash of the index is good enough to begin from, is sharded like any elementwise
     operation, and compiles in a tenth of the time of `jax.random.bits`.
     """
     index = jnp.zeros(shape, jnp.uint32)

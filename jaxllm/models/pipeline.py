@@ -55,10 +55,10 @@ def run_stages(
     def stage(layers, x_PMBTD, where):
         layers = _own_layers(schedule, layers)
 
-        def run(turn, x_BTD, where):
+        def run_turn(turn, x_BTD, where):
             return _run_group(schedule, run_layer, remat, layers, turn, x_BTD, where)
 
-        outs_MBTD, stats_M = _run_ticks(schedule, run, x_PMBTD[0], where)
+        outs_MBTD, stats_M = _run_ticks(schedule, run_turn, x_PMBTD[0], where)
         return outs_MBTD[None], jax.tree.map(lambda s_M: s_M[None], stats_M)
 
     first_P, last_P = (
@@ -75,8 +75,8 @@ def run_stages(
     axes = (AXIS, rows) if rows else (AXIS,)
     layers_at, x_at = jax.P(AXIS), jax.P(AXIS, None, rows)
     ins = layers_at, x_at, jax.P(None, rows)
-    run = sharding.along(axes, stage, ins, (x_at, jax.P(AXIS)))
-    outs_PMBTD, stats_PM = run(layers, x_PMBTD, where_M)
+    on_stages = sharding.along(axes, stage, ins, (x_at, jax.P(AXIS)))
+    outs_PMBTD, stats_PM = on_stages(layers, x_PMBTD, where_M)
     # The other stages' are what they made along the way.
     outs_MBTD = sharding.einsum("PMBTD,P->MBTD", outs_PMBTD, last_P, table=table)
     outs_BTD = outs_MBTD.swapaxes(0, 1).reshape(x_BTD.shape)
@@ -93,7 +93,7 @@ def split(x: jax.Array, num_parts: int) -> jax.Array:
     return x.reshape(b // num_parts, num_parts, *rest).swapaxes(0, 1)
 
 
-def _run_ticks(schedule, run, x_MBTD, where):
+def _run_ticks(schedule, run_turn, x_MBTD, where):
     here = jax.lax.axis_index(AXIS)
     num_stages = schedule.num_stages
     following = [(p, (p + 1) % num_stages) for p in range(num_stages)]
@@ -108,17 +108,18 @@ def _run_ticks(schedule, run, x_MBTD, where):
             lambda x: _pick(x, microbatch), where
         )
         where_here = positions_BT, segments_BT, is_token_BT & has_task
-        x_BTD, stats = run(turn, x_BTD, where_here)
+        x_BTD, stats = run_turn(turn, x_BTD, where_here)
         # The last round comes last, and what has no task comes before.
         outs_MBTD = jax.lax.dynamic_update_index_in_dim(outs_MBTD, x_BTD, microbatch, 0)
         stats_M = jax.tree.map(
             lambda total_M, s: total_M.at[microbatch].add(jnp.where(has_task, s, 0.0)),
-            *(stats_M, stats),
+            stats_M,
+            stats,
         )
         return (jax.lax.ppermute(x_BTD, AXIS, following), outs_MBTD, stats_M), None
 
     first = jax.tree.map(lambda x: x[0], (x_MBTD, where))
-    stats = jax.eval_shape(lambda: run(0, *first)[1])
+    stats = jax.eval_shape(lambda: run_turn(0, *first)[1])
     start = (
         jnp.zeros_like(first[0]),
         jnp.zeros_like(x_MBTD),
@@ -153,19 +154,20 @@ def _run_group(schedule, run_layer, remat, layers, turn, x_BTD, where):
         lambda w: jax.lax.dynamic_slice_in_dim(w, start, length, 0), layers
     )
 
-    def run(x_BTD, slot_and_number):
+    def run_slot(x_BTD, slot_and_number):
         slot, number = slot_and_number
         layer = jax.tree.map(
             lambda slot, w: _with_gradient_to(slot, _pick(w, start + number)),
-            *(slot, fixed),
+            slot,
+            fixed,
         )
         return run_layer(layer, x_BTD, where)
 
     if remat is None:
-        run = jax.checkpoint(run, prevent_cse=False, policy=_all_but_slices)
+        run_slot = jax.checkpoint(run_slot, prevent_cse=False, policy=_all_but_slices)
     else:
-        run = remat(run)
-    x_BTD, stats = jax.lax.scan(run, x_BTD, (slots, jnp.arange(length)))
+        run_slot = remat(run_slot)
+    x_BTD, stats = jax.lax.scan(run_slot, x_BTD, (slots, jnp.arange(length)))
     return x_BTD, jax.tree.map(jnp.mean, stats)
 
 

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which microbatch and which layers each stage of a pipeline has at each tick.
 
-The layers are cut into stages * rounds groups of equal size. Stage p has the groups p,
+The layers are split into stages * rounds groups of equal size. Stage p has groups p,
 p + stages, p + 2 stages and so on: a microbatch goes around the stages `rounds` times.
 In each tick all stages run one group, then each hands its result to the next one.
 Microbatches go around `stages` at a time: when the last of these has entered, the
 first one has come around.
 
-A stage works for rounds * microbatches ticks. It waits for the stages - 1 ticks in
-which others have begun and it has not, or the other way round.
+A stage works for rounds * microbatches ticks. It idles for the stages - 1 ticks in
+which others have begun and it has not, or the other way round: the pipeline bubble.
 
 Source: Narayanan et al., "Efficient Large-Scale Language Model Training on GPU
 Clusters" (arXiv:2104.04473), section 2.2, but with all forward passes before the
@@ -59,7 +59,7 @@ class Schedule:
         return (self.num_stages - 1) / self.num_ticks
 
     def task(self, tick: int, stage: int) -> Task | None:
-        """Returns what a stage does in a tick; None if it waits."""
+        """Returns what a stage does in a tick; None if it idles."""
         number = tick - stage  # of this stage's tasks
         if not 0 <= number < self.num_rounds * self.num_microbatches:
             return None

@@ -22,13 +22,20 @@ from jaxllm.models.pipeline_schedule import Schedule
 
 Caches = dict[str, Cache]  # by block of a period; stacked over periods by a scan
 
-# What each policy keeps of a block's forward pass; the rest is computed again.
+# What each policy keeps of a block's forward pass; the rest is recomputed.
 SAVED_NAMES = {
     "full": (),
     "save_attention": ("attention", "attention_lse"),
     "dots": (
-        *("query", "key", "value", "attention", "attention_lse", "attention_out"),
-        *("up", "gate", "mlp_out"),
+        "query",
+        "key",
+        "value",
+        "attention",
+        "attention_lse",
+        "attention_out",
+        "up",
+        "gate",
+        "mlp_out",
     ),
 }
 
@@ -90,7 +97,10 @@ class Period(nnx.Module):
         caches, stats = {}, []
         for name in self.names:
             x_BTD, caches[name], of_block = getattr(self, name)(
-                *(x_BTD, positions_BT, segments_BT, is_token_BT),
+                x_BTD,
+                positions_BT,
+                segments_BT,
+                is_token_BT,
                 None if cache is None else cache[name],
             )
             stats.append(of_block)
@@ -127,8 +137,8 @@ class Transformer(nnx.Module):
         """Returns the normed output x_BTD of the last block, and the filled cache.
 
         Args:
-          tokens_BT: int32; on a mesh that cuts T, as `sharding.to_zigzag` orders them,
-            and so everything else of them.
+          tokens_BT: int32; where the mesh shards T, in the order that
+            `sharding.to_zigzag` gives all these arrays.
           positions_BT: int32; the RoPE position of each token, and with a cache the
             slot where it is kept.
           segments_BT: int32 document of each token in a packed row; 0 is padding.
@@ -159,7 +169,7 @@ class Transformer(nnx.Module):
             is_token_BT = segments_BT > 0 if known else jnp.ones_like(tokens_BT, bool)
         with jax.named_scope("embedding"):
             x_BTD = embed(tokens_BT, self.embedding[...], jnp.dtype(self.config.dtype))
-            # Tokens that are generated come one by one: nothing cuts their T.
+            # Tokens that are generated come one by one: nothing shards their T.
             table = sharding.COMPUTE if cache is not None else sharding.RESIDUAL
             x_BTD = sharding.constrain(x_BTD, "BTD", table)
         where = (positions_BT, segments_BT, is_token_BT)
@@ -187,7 +197,7 @@ class Transformer(nnx.Module):
         return logits_BTV
 
     def _run_blocks(self, x_BTD, where, cache):
-        def run(x_BTD, period_and_cache):
+        def run_period(x_BTD, period_and_cache):
             period, cache = period_and_cache
             return period(x_BTD, *where, cache)
 
@@ -197,11 +207,11 @@ class Transformer(nnx.Module):
                 f"mesh {axes[0]}={size} cuts L (layers), and there is no schedule of "
                 "them; give `run` that of `schedule_stages`, or use a mesh of stage=1."
             )
-        run = _with_remat(run, self.config)
+        run_period = _with_remat(run_period, self.config)
         if not self.config.scan_layers:
-            x_BTD, (cache, stats) = run(x_BTD, (self.blocks, cache))
+            x_BTD, (cache, stats) = run_period(x_BTD, (self.blocks, cache))
             return x_BTD, cache, stats
-        x_BTD, (cache, stats) = jax.lax.scan(run, x_BTD, (self.blocks, cache))
+        x_BTD, (cache, stats) = jax.lax.scan(run_period, x_BTD, (self.blocks, cache))
         return x_BTD, cache, jax.tree.map(jnp.mean, stats)
 
     def _run_stages(self, schedule, x_BTD, where):
@@ -218,8 +228,8 @@ def make_cache(config: ModelConfig, batch: int, length: int) -> Caches:
     """Returns an empty KV cache for `length` positions, shaped as the blocks are.
 
     Raises:
-      sharding.ShardingError: the mesh cuts rows of tokens, which come one by one here,
-        or layers, of which a token needs one after the other.
+      sharding.ShardingError: the mesh shards rows of tokens, which come one by one
+        here, or layers, of which a token needs one after the other.
     """
     for letter, named in (("T", "tokens (T) one by one"), ("P", "layers (L) in turn")):
         for axis in sharding.axes_of(letter):

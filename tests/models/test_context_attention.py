@@ -53,7 +53,9 @@ def whole(mask: str):
 
     def run(q, k, v):
         return pallas_kernels.attention(
-            *(q, k, v),
+            q,
+            k,
+            v,
             segments_BT=jnp.asarray(documents()) if packed else None,
             window=window,
             softcap=softcap,

@@ -318,9 +318,19 @@ def test_tied_models_have_one_table():
 
 
 PRESETS = [
-    *("tiny_1m", "small_15m", "base_124m", "llama_350m", "llama_1b", "llama_3b"),
-    *("llama_8b", "llama_70b", "qwen3_0_6b", "gemma_like_1b"),
-    *("tiny_moe_3m", "mixtral_8x7b", "qwen3_30b_a3b"),
+    "tiny_1m",
+    "small_15m",
+    "base_124m",
+    "llama_350m",
+    "llama_1b",
+    "llama_3b",
+    "llama_8b",
+    "llama_70b",
+    "qwen3_0_6b",
+    "gemma_like_1b",
+    "tiny_moe_3m",
+    "mixtral_8x7b",
+    "qwen3_30b_a3b",
 ]
 
 

@@ -98,11 +98,11 @@ def test_constrain_moves_data_and_changes_none_of_it(mesh):
 def test_place_like_moves_data_to_where_another_array_is(mesh):
     x, other = draw("BTD"), draw("BTD", 1)
     plain = jnp.asarray(x)
-    assert sharding.placed(plain) is None
+    assert sharding.spec_of(plain) is None
     assert sharding.place_like(plain, jnp.asarray(other)) is plain
     with jax.set_mesh(mesh):
         other = put(other, "BTD", RESIDUAL, mesh)
-        assert sharding.placed(other) == jax.P(("data", "fsdp"), "tensor", None)
+        assert sharding.spec_of(other) == jax.P(("data", "fsdp"), "tensor", None)
         moved = jax.jit(sharding.place_like)(put(x, "BTD", COMPUTE, mesh), other)
     assert moved.sharding == other.sharding
     np.testing.assert_array_equal(moved, x)
@@ -154,8 +154,8 @@ def test_local_adds_up_gradients_over_the_devices_that_share_an_argument(
         return x * scale[None, None] * ids[..., None].astype(x.dtype)
 
     def loss(x, scale, ids, weights):
-        where = sharding.placed(x)
-        ins = (where, "D", sharding.placed(ids))
+        where = sharding.spec_of(x)
+        ins = (where, "D", sharding.spec_of(ids))
         out = sharding.local(scaled, ins, where)(x, scale, ids)
         return (out * weights).sum()
 

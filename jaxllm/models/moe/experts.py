@@ -139,16 +139,16 @@ def _mlp(experts, rows, share, sizes, weights):
         gate = product(rows, weights["gate"]).astype(wide)
         swiglu = experts.activation == "swiglu"
         hidden = hidden * (jax.nn.silu if swiglu else jax.nn.gelu)(gate)
-    # Here and not on the output: its gradient then needs no output made again.
+    # Here and not on the output: its gradient then recomputes no output.
     hidden = hidden * share[:, None].astype(wide)
     return product(hidden.astype(rows.dtype), weights["down"])[:num_rows]
 
 
 def _mlp_backward(experts, rows, share, sizes, weights, dout):
-    def run(rows, share, weights):
+    def mlp(rows, share, weights):
         return _mlp(experts, rows, share, sizes, weights)
 
-    return jax.vjp(run, rows, share, weights)[1](dout)
+    return jax.vjp(mlp, rows, share, weights)[1](dout)
 
 
 # Without a capacity: all tokens along `expert` come to the weights.
