@@ -6,10 +6,12 @@ import json
 import os
 import platform
 import pprint
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,10 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 # programs are.
 _CACHE = Path(__file__).parents[1] / ".cache" / "xla" / platform.machine()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# Most of the time of tests is XLA's, for programs that run once and for milliseconds.
+# What is asserted of their text, XLA settles before it makes code.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 import pytest
@@ -37,6 +42,7 @@ from jaxllm.config import (
     override,
 )
 from jaxllm.train import train
+from pallas_kernels import offline
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -97,60 +103,157 @@ def trained(tiny, tmp_path_factory) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-    """How a command ended, and what it said."""
+    """How a program ended, and what it said."""
 
     status: int
     stdout: str
     stderr: str
 
 
+class Forked:
+    """A process that a command server runs, with what `subprocess.Popen` has."""
+
+    def __init__(self, pid: int, ended: Path):
+        self.pid, self._ended = pid, ended
+
+    def poll(self) -> int | None:
+        """Returns the exit status, or None while the process runs."""
+        return int(self._ended.read_text()) if self._ended.exists() else None
+
+    def wait(self, timeout: float = 300) -> int:
+        """Waits until the process has ended; returns its exit status."""
+        until_s = time.monotonic() + timeout
+        while (status := self.poll()) is None:
+            if time.monotonic() > until_s:
+                raise TimeoutError(f"process {self.pid} runs for more than {timeout} s")
+            time.sleep(0.002)
+        return status
+
+    def send_signal(self, number: int) -> None:
+        """Sends a signal, unless the process has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Ends the process at once."""
+        self.send_signal(signal.SIGKILL)
+
+
+class CommandServer:
+    """Starts Python in forks of a process that has imported JAX already."""
+
+    def __init__(self, folder: Path, env: Mapping[str, str]):
+        self._folder, self._number = folder, 0
+        self._server = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("command_server.py"))],
+            env={**os.environ, **env},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __enter__(self) -> "CommandServer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.communicate()  # no more requests: it waits for its forks
+
+    def start(
+        self,
+        python: Sequence[str],
+        folder: Path,
+        stdout: Path,
+        stderr: Path,
+        env: Mapping[str, str],
+        limit_s: int = 0,
+    ) -> Forked:
+        """Starts `python` with these arguments, such as ["-m", "jaxllm.train"]."""
+        self._number += 1
+        ended = self._folder / str(self._number)
+        for path in (stdout, stderr):
+            path.write_text("")
+        request = {
+            "python": list(python),
+            "folder": str(folder),
+            "env": dict(env),
+            "stdout": str(stdout),
+            "stderr": str(stderr),
+            "ended": str(ended),
+            "limit_s": limit_s,
+        }
+        assert self._server.stdin is not None and self._server.stdout is not None
+        print(json.dumps(request), file=self._server.stdin, flush=True)
+        return Forked(int(self._server.stdout.readline()), ended)
+
+    def run(self, python: Sequence[str], folder: Path, env: Mapping[str, str]) -> Ended:
+        """Runs `python` with these arguments to its end."""
+        said = [self._folder / f"{self._number}-{name}" for name in ("out", "err")]
+        status = self.start(python, folder, *said, env, limit_s=300).wait()
+        return Ended(status, *(path.read_text() for path in said))
+
+
 @pytest.fixture(scope="session")
-def command_server() -> Iterator[subprocess.Popen]:
-    server = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("command_server.py"))],
-        env={**os.environ, "JAX_NUM_CPU_DEVICES": "1", "COLUMNS": "120"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    with server:
+def command_server(tmp_path_factory) -> Iterator[CommandServer]:
+    """Starts Python on one device, with JAX imported."""
+    env = {"JAX_NUM_CPU_DEVICES": "1", "COLUMNS": "120"}
+    with CommandServer(tmp_path_factory.mktemp("said"), env) as server:
         yield server
-        assert server.stdin is not None
-        server.stdin.close()
 
 
 @pytest.fixture(scope="session")
-def run_command(command_server, tmp_path_factory) -> Callable[..., Ended]:
+def run_python(command_server) -> Callable[..., Ended]:
+    """Runs `python` with arguments such as ["-m", "jaxllm.train"], forked."""
+    return lambda python, folder, **env: command_server.run(python, folder, env)
+
+
+@pytest.fixture(scope="session")
+def run_command(command_server) -> Callable[..., Ended]:
     """Runs "train --config x.py" as `python -m jaxllm.train --config x.py`, forked."""
 
     def run(command: str | list[str], folder: Path, **env: str) -> Ended:
         program, *arguments = command.split() if isinstance(command, str) else command
-        said = tmp_path_factory.mktemp("said")
-        request = {
-            "module": f"jaxllm.{program}",
-            "arguments": arguments,
-            "folder": str(folder),
-            "env": env,
-            "stdout": str(said / "stdout"),
-            "stderr": str(said / "stderr"),
-        }
-        print(json.dumps(request), file=command_server.stdin, flush=True)
-        status = int(command_server.stdout.readline())
-        return Ended(status, *((said / n).read_text() for n in ("stdout", "stderr")))
+        return command_server.run(["-m", f"jaxllm.{program}", *arguments], folder, env)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def run_offline(tmp_path_factory) -> Iterator[Callable[..., Any]]:
+    """Does what `pallas_kernels.offline.run_python` does, forked.
+
+    Each fork loads the CUDA plugin anew: a wrong instruction ends it alone.
+    """
+    folder = offline.toolchain()
+    if folder is None:
+        pytest.skip("run `make .venv/cuda`: there are no CUDA packages to compile with")
+    said = tmp_path_factory.mktemp("offline")
+    env = {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
+        "PYTHONPATH": os.pathsep.join([str(folder), *sys.path]),
+    }
+    with CommandServer(said, env) as server:
+
+        def run(arguments: Sequence[str], **variables: str):
+            ended = server.run(arguments, said, variables)
+            return subprocess.CompletedProcess(
+                list(arguments), ended.status, ended.stdout, ended.stderr
+            )
+
+        yield run
 
 
 @dataclasses.dataclass
 class Processes:
     """Some processes of one run, on this machine."""
 
-    processes: list[subprocess.Popen]
+    processes: list[Forked]
     logs: list[Path]
 
     def wait(self) -> list[int]:
         """Waits until all have ended; returns their exit statuses."""
-        return [process.wait(timeout=300) for process in self.processes]
+        return [process.wait() for process in self.processes]
 
     def said(self, index: int) -> str:
         """Returns what one of them has said so far."""
@@ -158,9 +261,25 @@ class Processes:
 
 
 @pytest.fixture
-def start_processes() -> Iterator[Callable[..., Processes]]:
+def start_training(command_server) -> Iterator[Callable[..., Forked]]:
+    """Starts Python with flags of a training, one of some processes or alone."""
+    started: list[Forked] = []
+
+    def start(
+        python: Sequence[str], folder: Path, log: Path, env: Mapping[str, str]
+    ) -> Forked:
+        started.append(command_server.start(python, folder, log, log, env))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def start_processes(start_training) -> Callable[..., Processes]:
     """Starts the training of a config in folder/run, by some processes."""
-    started: list[subprocess.Popen] = []
 
     def start(
         config: Config,
@@ -170,6 +289,8 @@ def start_processes() -> Iterator[Callable[..., Processes]]:
         run: str,
         *,
         preamble: str = "",  # Python, before the config
+        python: Sequence[str] = ("-m", "jaxllm.train"),
+        env: Mapping[str, str] = {},
     ) -> Processes:
         path = folder / "config.py"
         path.write_text(
@@ -179,24 +300,23 @@ def start_processes() -> Iterator[Callable[..., Processes]]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
+        flags = [f"--config={path}", f"--workdir={folder / run}"]
         logs = [folder / f"{run}-{number}-{index}.log" for index in range(number)]
-        for index, log in enumerate(logs):
-            environment = {
-                **os.environ,
-                "JAX_NUM_CPU_DEVICES": str(devices),
-                "JAXLLM_COORDINATOR": f"127.0.0.1:{port}",
-                "JAXLLM_NUM_PROCESSES": str(number),
-                "JAXLLM_PROCESS_ID": str(index),
-            }
-            command = [sys.executable, "-m", "jaxllm.train", f"--config={path}"]
-            command.append(f"--workdir={folder / run}")
-            with log.open("w") as file:
-                started.append(
-                    subprocess.Popen(command, env=environment, stdout=file, stderr=file)
-                )
-        return Processes(started[-number:], logs)
+        processes = [
+            start_training(
+                [*python, *flags],
+                folder,
+                log,
+                {
+                    "JAX_NUM_CPU_DEVICES": str(devices),
+                    "JAXLLM_COORDINATOR": f"127.0.0.1:{port}",
+                    "JAXLLM_NUM_PROCESSES": str(number),
+                    "JAXLLM_PROCESS_ID": str(index),
+                    **env,
+                },
+            )
+            for index, log in enumerate(logs)
+        ]
+        return Processes(processes, logs)
 
-    yield start
-    for process in started:
-        process.kill()
-        process.wait()
+    return start

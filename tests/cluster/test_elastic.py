@@ -9,10 +9,6 @@ the environment changes the numbers: PROCESSES="4 2 3 1" takes about a minute.
 import json
 import math
 import os
-import pprint
-import socket
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,13 +17,15 @@ import pytest
 
 from jaxllm import tokenize
 from jaxllm.checkpoint import find_steps
+from jaxllm.config import Config
 from jaxllm.data.packing import BATCH_NAMES
+
+pytestmark = pytest.mark.slow
 
 NUMBERS = [int(number) for number in os.environ.get("PROCESSES", "3 2 1").split()]
 NUM_DEVICES = math.lcm(3, *NUMBERS)
 STEPS = 2 * len(NUMBERS) + 2
 SHAPE = (12, 32)  # of a batch
-LIFE_S = 250
 RTOL = 5e-7  # a few units in the last place of float32
 RECORDING = """
 import os, signal, sys
@@ -66,8 +64,8 @@ flags.run(train.main)
 
 
 @pytest.fixture
-def folder(tiny, tmp_path) -> Path:
-    """A folder with three sets of tokens and the config that mixes them."""
+def config(tiny, tmp_path) -> Config:
+    """The config that mixes three sets of tokens."""
     paths = []
     for name, length in {"short": 2, "middle": 5, "long": 9}.items():
         texts = [" ".join(f"{name}{n * k}" for k in range(length)) for n in range(150)]
@@ -76,7 +74,7 @@ def folder(tiny, tmp_path) -> Path:
         paths.append(str(tmp_path / name))
         flags = f"--input={tmp_path / name}.jsonl --output={paths[-1]} --workers=1"
         assert tokenize.main(["tokenize", *flags.split()]) == 0
-    config = tiny(
+    return tiny(
         {
             **{"steps": STEPS, "eval.every": 0, "checkpoint.every": 100},
             **{"data.paths": tuple(paths), "data.weights": (0.5, 0.3, 0.2)},
@@ -88,37 +86,26 @@ def folder(tiny, tmp_path) -> Path:
             },
         }
     )
-    (tmp_path / "config.py").write_text(
-        "from jaxllm.config import *\n"
-        f"def get_config():\n    return {pprint.pformat(config)}\n"
-    )
-    return tmp_path
 
 
-def live(folder: Path, run: str, number: int, stop_at: int) -> list[int]:
+@pytest.fixture
+def live(config, tmp_path, start_processes):
     """Trains in some processes, one of which is stopped at a step; returns statuses."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
-    record = folder / f"{run}-batches"
-    record.mkdir(exist_ok=True)
-    processes = []
-    for index in range(number):
-        environment = {
-            **os.environ,
-            "JAX_NUM_CPU_DEVICES": str(NUM_DEVICES // number),
-            "JAXLLM_COORDINATOR": coordinator,
-            "JAXLLM_NUM_PROCESSES": str(number),
-            "JAXLLM_PROCESS_ID": str(index),
-            "RECORD": str(record),
-            "STOP_AT": str(stop_at),
-        }
-        command = [sys.executable, "-c", RECORDING, f"--config={folder}/config.py"]
-        command.append(f"--workdir={folder / run}")
-        with (folder / f"{run}-{number}-{index}.log").open("w") as log:
-            started = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-        processes.append(started)
-    return [process.wait(LIFE_S) for process in processes]
+
+    def live(run: str, number: int, stop_at: int) -> list[int]:
+        record = tmp_path / f"{run}-batches"
+        record.mkdir(exist_ok=True)
+        return start_processes(
+            config,
+            tmp_path,
+            number,
+            NUM_DEVICES // number,
+            run,
+            python=("-c", RECORDING),
+            env={"RECORD": str(record), "STOP_AT": str(stop_at)},
+        ).wait()
+
+    return live
 
 
 def said(folder: Path) -> str:
@@ -147,21 +134,21 @@ def losses(folder: Path) -> list[tuple[int, float, float]]:
     return [(r["step"], r["loss"], r["grad_norm"]) for r in records]
 
 
-def test_batches_and_losses_are_those_of_one_process(folder):
-    assert live(folder, "calm", 1, stop_at=STEPS) == [0], said(folder)
+def test_batches_and_losses_are_those_of_one_process(live, tmp_path):
+    assert live("calm", 1, stop_at=STEPS) == [0], said(tmp_path)
     *others, last = NUMBERS
     for life, number in enumerate(others):
-        ends = live(folder, "moved", number, stop_at=2 * life + 1)
-        assert ends == [75] * number, said(folder)
-        (*_, saved), faults = find_steps(folder / "moved" / "checkpoints")
+        ends = live("moved", number, stop_at=2 * life + 1)
+        assert ends == [75] * number, said(tmp_path)
+        (*_, saved), faults = find_steps(tmp_path / "moved" / "checkpoints")
         assert 2 * life + 1 < saved < STEPS and not faults
-    assert live(folder, "moved", last, stop_at=STEPS) == [0] * last, said(folder)
-    calm = batches(folder / "calm-batches", range(STEPS))
-    moved = batches(folder / "moved-batches", range(STEPS))
+    assert live("moved", last, stop_at=STEPS) == [0] * last, said(tmp_path)
+    calm = batches(tmp_path / "calm-batches", range(STEPS))
+    moved = batches(tmp_path / "moved-batches", range(STEPS))
     for one, other in zip(calm, moved, strict=True):
         for name in BATCH_NAMES:
             np.testing.assert_array_equal(one[name], other[name], err_msg=name)
     assert any(batch["segments"].max() > 1 for batch in calm)  # packed documents
     # Between processes, sums over three devices are added up in another order.
-    one, other = losses(folder / "calm"), losses(folder / "moved")
+    one, other = losses(tmp_path / "calm"), losses(tmp_path / "moved")
     np.testing.assert_allclose(one, other, rtol=RTOL)

@@ -14,7 +14,6 @@ from jaxllm.cluster.environment import (
     prepare_gpus,
 )
 from jaxllm.errors import InputError
-from pallas_kernels import offline
 
 HERE = ".".join(importlib.metadata.version("jaxlib").split(".")[:2])
 OURS = " ".join(f"--{flag.name}={flag.value}" for flag in FLAGS[HERE])
@@ -35,10 +34,10 @@ def test_every_flag_of_this_version_is_known_to_it():
     assert environment == {XLA_FLAGS: OURS}
 
 
-@pytest.mark.skipif(offline.toolchain() is None, reason="needs `make .venv/cuda`")
-def test_every_flag_is_known_to_the_plugin_for_gpus():
+@pytest.mark.slow
+def test_every_flag_is_known_to_the_plugin_for_gpus(run_offline):
     for flags, known in ((OURS, True), (f"{OURS} --xla_gpu_none=1", False)):
-        ended = offline.run_python(["-c", FOR_A_GPU], XLA_FLAGS=flags)
+        ended = run_offline(["-c", FOR_A_GPU], XLA_FLAGS=flags)
         assert (ended.returncode == 0) == known, ended.stderr
         assert ("Unknown flag" in ended.stderr) != known
 

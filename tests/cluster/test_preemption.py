@@ -3,10 +3,7 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,10 +13,7 @@ from jaxllm.cluster.preemption import stop_signals
 from jaxllm.config.files import config_to_dict
 
 RESUMABLE = 75
-COMMAND = [
-    *(sys.executable, "-m", "jaxllm.train"),
-    *("--config=run.py", "--workdir=run"),
-]
+COMMAND = ("-m", "jaxllm.train", "--config=run.py", "--workdir=run")
 LIMIT_S = 120
 
 
@@ -63,16 +57,9 @@ def test_the_handlers_are_given_back_after_an_error():
 class Training:
     """A training process; the text that it has said so far."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, start_training):
         self.said = folder / "said.txt"
-        with self.said.open("wb") as file:
-            self.process = subprocess.Popen(
-                COMMAND,
-                cwd=folder,
-                env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"},
-                stdout=file,
-                stderr=file,
-            )
+        self.process = start_training(COMMAND, folder, self.said, {})
 
     def wait_for(self, text: str):
         """Waits until it has said a text."""
@@ -101,11 +88,8 @@ def folder(tiny, tmp_path) -> Path:
 
 
 @pytest.fixture
-def training(folder) -> Iterator[Training]:
-    training = Training(folder)
-    yield training
-    training.process.kill()
-    training.process.wait()
+def training(folder, start_training) -> Training:
+    return Training(folder, start_training)
 
 
 @pytest.mark.parametrize(
@@ -145,14 +129,15 @@ startup.{0} = call
 """
 
 
-def test_a_signal_while_a_run_is_resumed_is_not_lost(training, folder):
+@pytest.mark.slow
+def test_a_signal_while_a_run_is_resumed_is_not_lost(training, folder, start_training):
     stop(training, signal.SIGTERM, "step 3/")
     saved = find_steps(folder / "run" / "checkpoints")[0][-1]
     config = (folder / "run.py").read_text()
     # Before the run is claimed, before it is read, and when only steps are left.
     for moment in ("check_loggers", "Saves", "Poll"):
         (folder / "run.py").write_text(SIGNALLED.format(moment) + config)
-        resumed = Training(folder)
+        resumed = Training(folder, start_training)
         assert resumed.process.wait(LIMIT_S) == RESUMABLE, resumed.said.read_text()
         # What arrives before the first step stops the run before it.
         assert f"stopped at step {saved};" in resumed.said.read_text()

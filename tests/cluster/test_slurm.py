@@ -51,9 +51,12 @@ def load(name: str) -> ModuleType:
 clusters = load("cluster")
 trouble = load("trouble")
 
-pytestmark = pytest.mark.skipif(
-    bool(clusters.missing()), reason=f"no SLURM cluster: {clusters.missing()}"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        bool(clusters.missing()), reason=f"no SLURM cluster: {clusters.missing()}"
+    ),
+]
 
 
 @pytest.fixture(scope="module")

@@ -481,16 +481,8 @@ CASES = {
         prepare=write("mine/thesis.tex", "years of work"),
     ),
 }
-AS_USERS_DO = (  # in processes of their own, for the others are forks
-    "unknown flag",
-    "config file raises",
-    "unknown setting",
-    "impossible mesh",
-    "missing data",
-    "other model",
-    "fewer steps than saved",
+AS_USERS_DO = (  # one of each command in a process of its own; the others are forks
     "damaged checkpoint",
-    "workdir is another's",
     "evaluating a step that is not there",
     "temperature",
     "no text",

@@ -41,6 +41,7 @@ def run_one_arm(output: Path, *options: str) -> dict:
     return arm
 
 
+@pytest.mark.slow
 def test_a_tiny_run_writes_a_table_of_its_arms(tmp_path):
     arm = run_one_arm(tmp_path, "--tiny", "--batch=2", "--arms=xla")
     assert arm["tokens_per_s"] > 0 and arm["predicted_bytes"] > 0
@@ -50,6 +51,7 @@ def test_a_tiny_run_writes_a_table_of_its_arms(tmp_path):
     assert re.search(r"^mlp +backward +\d", text, re.M)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(offline.toolchain() is None, reason="needs `make .venv/cuda`")
 def test_memory_is_predicted_without_a_gpu(tmp_path):
     arm = run_one_arm(tmp_path, "--tiny", "--predict", "--arms=xla")

@@ -75,18 +75,8 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def run(folder):
-    def run_program(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "program.py", *arguments],
-            cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
-    return run_program
+def run(folder, run_python):
+    return lambda *arguments: run_python(["program.py", *arguments], folder)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +94,7 @@ def test_the_config_comes_from_a_file_or_a_run_and_its_overrides(
     run, arguments, printed
 ):
     done = run(*arguments.split())
-    assert (done.returncode, done.stdout, done.stderr) == (0, printed, "")
+    assert (done.status, done.stdout, done.stderr) == (0, printed, "")
 
 
 @pytest.mark.parametrize(
@@ -125,7 +115,7 @@ def test_the_config_comes_from_a_file_or_a_run_and_its_overrides(
 )
 def test_wrong_input_is_one_message_and_status_2(run, arguments, message):
     done = run(*arguments.split())
-    assert done.returncode == 2
+    assert done.status == 2
     assert done.stderr.startswith(f"error: {message}")
     assert len(done.stderr.splitlines()) == 1
 
@@ -141,7 +131,7 @@ def test_wrong_input_is_one_message_and_status_2(run, arguments, message):
 )
 def test_other_endings_have_their_status(run, error, status, message):
     done = run("--config=run.py", f"--raise={error}")
-    assert (done.returncode, done.stderr[: len(message)]) == (status, message)
+    assert (done.status, done.stderr[: len(message)]) == (status, message)
     assert ("Traceback" in done.stderr) == (error == "bug")
 
 
@@ -250,7 +240,7 @@ def test_help_of_a_command_has_sections_and_fits_two_screens(helps, command):
 
 def test_help_shows_flags_with_their_defaults_and_names_every_setting(run):
     done = run("--help", "--config=run.py")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.status, done.stderr) == (0, "")
     assert done.stdout.startswith("Train something.\n\nFlags:\n")
     assert "  --raise    what goes wrong (default: nothing)\n" in done.stdout
     assert "  --workdir  " in done.stdout

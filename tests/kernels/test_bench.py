@@ -375,6 +375,7 @@ def test_every_operation_has_tiny_cases_for_a_dry_run(operation):
     assert [case.operation for case in find_cases(operation, tiny=True)]
 
 
+@pytest.mark.slow
 def test_a_dry_run_goes_through_everything_and_writes_what_it_found(tmp_path):
     options = ["--dry", "--workers=1", "--case_seconds=0.1", f"--output={tmp_path}"]
     ended = subprocess.run(

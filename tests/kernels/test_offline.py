@@ -42,9 +42,12 @@ def cases_of(operation: str) -> list[str]:
 CASES = [(operation, name) for operation in OPERATIONS for name in cases_of(operation)]
 
 
-@needs_toolchain
+@pytest.mark.slow
 @pytest.mark.parametrize(("operation", "name"), CASES)
-def test_a_kernel_compiles_for_an_h200_and_takes_what_is_on_record(operation, name):
+def test_a_kernel_compiles_for_an_h200_and_takes_what_is_on_record(
+    operation, name, run_offline, monkeypatch
+):
+    monkeypatch.setattr(offline.compile, "run_python", run_offline)
     compiled = offline.compile_in_subprocess(operation, name)
     needs_hgmma = operation in WITH_TENSOR_CORES
     known = KNOWN_FAULTS.get((resources.VERSION, name), [])
@@ -149,6 +152,7 @@ def test_more_registers_than_on_record_are_a_difference():
     assert "on record as ['a']" in compare(Compiled(0, "", (other,)))[0]
 
 
+@pytest.mark.slow
 @needs_toolchain
 def test_a_wrong_instruction_ends_its_own_process_only():
     compiled = offline.compile_in_subprocess("attention", "no such case")

@@ -3,10 +3,7 @@
 
 import functools
 import json
-import os
 import re
-import subprocess
-import sys
 from typing import Any
 
 import jax
@@ -16,27 +13,17 @@ import pytest
 from pallas_kernels import offline
 from pallas_kernels.cross_entropy import Terms, linear_cross_entropy
 
+pytestmark = pytest.mark.slow
+
 T, D, V = 8192, 4096, 128256  # the loss of Llama 3 on a sequence
 COLLECTIVE = r"= \S+(?: \S+)? (all-\w+|reduce-scatter|collective-permute)[\w-]*\("
 
 
 @pytest.fixture(scope="module")
-def compiled() -> Any:
+def compiled(run_offline) -> Any:
     """What `main` found, in a process that has the CUDA plugin."""
-    folder = offline.toolchain()
-    if folder is None:
-        pytest.skip("run `make .venv/cuda`: there are no CUDA packages to compile with")
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_ENABLE_COMPILATION_CACHE": "false",
-        "PYTHONPATH": os.pathsep.join([str(folder), *sys.path]),
-        # On a device, timing decides for cuBLAS; here nothing is timed.
-        "XLA_FLAGS": "--xla_gpu_enable_triton_gemm=false",
-    }
-    ended = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True
-    )
+    # On a device, timing decides for cuBLAS; here nothing is timed.
+    ended = run_offline([__file__], XLA_FLAGS="--xla_gpu_enable_triton_gemm=false")
     assert ended.returncode == 0, ended.stderr[-2000:]
     return json.loads(ended.stdout.splitlines()[-1])
 

@@ -29,10 +29,10 @@ from jaxllm.step import compile_eval, compile_step, prepare
 from sharding import ShardingError
 
 COURSES = [
-    ("context 4", "ring"),
-    ("context 8", "all_gather"),
     ("fsdp 2 x context 4", "ring"),
     ("fsdp 2 x context 2 x tensor 2", "all_gather"),
+    pytest.param("context 4", "ring", marks=pytest.mark.slow),
+    pytest.param("context 8", "all_gather", marks=pytest.mark.slow),
 ]
 CONFIG = Config(
     steps=STEPS,
@@ -61,10 +61,16 @@ def test_losses_of_20_steps_are_those_of_one_device(mesh, exchange):
     check_equal(f"{mesh} {exchange}", train(CONFIG, ONE_DEVICE), train(config, mesh))
 
 
-def test_an_evaluation_is_that_of_one_device_too():
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        "fsdp 2 x context 2 x tensor 2",
+        pytest.param("context 8", marks=pytest.mark.slow),
+    ],
+)
+def test_an_evaluation_is_that_of_one_device_too(mesh):
     sums = []
-    for mesh in (ONE_DEVICE, "context 8"):
-        course = train(CONFIG, mesh)
+    for course in (train(CONFIG, ONE_DEVICE), train(CONFIG, mesh)):
         batch = packed_batch(course.setup, 99)
         evaluate = compile_eval(course.setup)
         sums.append(jax.device_get(evaluate(course.state.params, batch)))
@@ -104,7 +110,7 @@ def sent(size: int, exchange: str) -> dict[str, float]:
     return total
 
 
-@pytest.mark.parametrize("size", [4, 8])
+@pytest.mark.parametrize("size", [4, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("exchange", ["all_gather", "ring"])
 def test_devices_send_the_bytes_of_the_formula(size, exchange):
     _, config, _ = long_step(size, exchange)
@@ -118,6 +124,7 @@ def test_devices_send_the_bytes_of_the_formula(size, exchange):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exchange", ["all_gather", "ring"])
 def test_memory_of_a_device_falls_with_the_axis(exchange):
     sizes = (4, 8) if exchange == "all_gather" else (1, 2, 4, 8)

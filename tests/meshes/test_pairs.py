@@ -23,7 +23,12 @@ from jaxllm.models import Model
 from jaxllm.step import Setup, TrainState
 from jaxllm.step.loss import Loss, next_token_loss
 
-MESHES = ["data 8", "fsdp 8", "tensor 2 x fsdp 4", "data 2 x fsdp 2 x tensor 2"]
+ALL = "data 2 x fsdp 2 x tensor 2"
+MESHES = [
+    ALL,
+    *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("data 8", "fsdp 8")),
+    pytest.param("tensor 2 x fsdp 4", marks=pytest.mark.slow),
+]
 
 # A window, grouped queries, qk-norm, biases and both soft-caps: all that has to be cut.
 MODEL = ModelConfig(
@@ -86,7 +91,7 @@ def test_the_losses_of_20_steps_are_the_same_on_every_mesh(mesh):
 def test_other_optimizers_keep_the_losses_of_one_device_too(optimizer):
     one, many = (
         train(config(optimizer), mesh, functools.partial(first_state, mesh))
-        for mesh in (ONE_DEVICE, "data 2 x fsdp 2 x tensor 2")
+        for mesh in (ONE_DEVICE, ALL)
     )
     check_equal(optimizer, one, many)
 

@@ -65,13 +65,17 @@ MODELS = {
 
 # By mesh: settings that do not change a result.
 MESHES = {
-    "stage 4 x data 2": {"mesh.stage": 4, "model.remat": "none"},
     "stage 2 x fsdp 2 x tensor 2": {"mesh.stage": 2, "mesh.stage_rounds": 2},
     "stage 2 x context 2 x expert 2": {
         **{"mesh.stage": 2, "mesh.stage_rounds": 2},
         **{"model.remat": "dots"},
     },
+    "stage 4 x data 2": {"mesh.stage": 4, "model.remat": "none"},
 }
+every_mesh = pytest.mark.parametrize(
+    "mesh",
+    [*list(MESHES)[:2], pytest.param("stage 4 x data 2", marks=pytest.mark.slow)],
+)
 
 
 def one_and_many(mesh: str) -> tuple[Trained, Trained]:
@@ -81,7 +85,7 @@ def one_and_many(mesh: str) -> tuple[Trained, Trained]:
     return train(config, ONE_DEVICE), train(many, mesh)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@every_mesh
 def test_20_steps_are_those_of_one_device(mesh):
     one, many = one_and_many(mesh)
     assert changed(one, many) == []
@@ -91,7 +95,7 @@ def test_20_steps_are_those_of_one_device(mesh):
             assert difference(one, many, name).max() < LOSS_TOLERANCE, name
 
 
-@pytest.mark.parametrize("mesh", list(MESHES)[1:])
+@pytest.mark.parametrize("mesh", list(MESHES)[:2])
 def test_the_gradient_of_every_parameter_is_that_of_one_device(mesh):
     one, many = (c.metrics["leaf_norms"][0] for c in one_and_many(mesh))
     np.testing.assert_allclose(many, one, rtol=1e-5, atol=1e-7)
@@ -143,7 +147,7 @@ def test_a_step_sends_what_its_schedule_says():
     assert sum(exchanged) == 2 * len(layers)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@every_mesh
 def test_no_tick_keeps_a_copy_of_layers(mesh):
     _, course = one_and_many(mesh)
     schedule = course.setup.schedule

@@ -3,7 +3,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -200,7 +199,7 @@ def test_a_process_knows_its_age():
     assert process_age_s() > 0
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen):
+def wait_for(condition: Callable[[], bool], process):
     while not condition():
         assert process.poll() is None
         time.sleep(0.02)
@@ -211,41 +210,33 @@ def ledger_steps(workdir, life=0):
     return [line["step"] for line in lines if line["life"] == life]
 
 
-def test_killed_and_resumed_a_run_accounts_for_the_time_on_the_wall(tiny, tmp_path):
+def test_killed_and_resumed_a_run_accounts_for_the_time_on_the_wall(
+    tiny, tmp_path, start_training, run_command
+):
     slow = {"steps": 200, "data.batch_size": 64, "checkpoint.every": 80}
     config = config_to_dict(tiny({**slow, "eval.every": 0}))
     (tmp_path / "run.py").write_text(
         "from jaxllm.config.files import config_from_dict\n"
         f"def get_config():\n    return config_from_dict({config!r})\n"
     )
-    command = [sys.executable, "-m", "jaxllm.train", "--config=run.py"]
+    command = ["-m", "jaxllm.train", "--config=run.py", "--workdir=run"]
     workdir = tmp_path / "run"
     metrics = workdir / "metrics.jsonl"
-    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
+    log = tmp_path / "said.txt"
     began_s = time.time()
-
-    def start() -> subprocess.Popen:
-        return subprocess.Popen(
-            [*command, "--workdir=run"],
-            cwd=tmp_path,
-            env=environment,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
     saved = Checkpoints(workdir / CHECKPOINTS, CheckpointConfig())
-    with start() as first:
-        wait_for(lambda: any(80 < step for step in ledger_steps(workdir)), first)
-        wait_for(lambda: bool(saved.steps()), first)  # a slow disk may not have it yet
-        first.send_signal(signal.SIGKILL)
-        killed_s = time.time()
+    first = start_training(command, tmp_path, log, {})
+    wait_for(lambda: any(80 < step for step in ledger_steps(workdir)), first)
+    wait_for(lambda: bool(saved.steps()), first)  # a slow disk may not have it yet
+    first.kill()
+    first.wait()
+    killed_s = time.time()
     reached = max(ledger_steps(workdir))
     time.sleep(1.0)
     restarted_s = time.time()
-    with start() as second:
-        said, _ = second.communicate()
-    took_s = time.time() - began_s
-    assert second.returncode == 0
+    second = start_training(command, tmp_path, log, {})
+    assert second.wait() == 0
+    took_s, said = time.time() - began_s, log.read_text()
     account = read_ledger(workdir)
     assert account.lives == 2
     # The interpreter takes its time to go, after the last line.
@@ -260,8 +251,7 @@ def test_killed_and_resumed_a_run_accounts_for_the_time_on_the_wall(tiny, tmp_pa
     lines = map(json.loads, metrics.read_text().splitlines())
     goodput = [line["goodput"] for line in lines if "goodput" in line]
     assert goodput[-1] == pytest.approx(account.goodput, abs=0.2)
-    command = [sys.executable, "-m", "jaxllm.ledger", "run"]
-    said = subprocess.check_output(command, cwd=tmp_path, env=environment, text=True)
+    said = run_command("ledger run", tmp_path).stdout
     assert said == f"run: {account.table()}\n"
 
 

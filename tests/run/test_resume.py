@@ -141,6 +141,7 @@ def test_a_run_of_eight_devices_goes_on_with_one(
     assert_close(losses(workdir), losses(reference))
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_like_an_undisturbed_one(tiny, tmp_path):
     """Runs scripts/chaos.py, which says what it compares."""
     config = tiny({"steps": 60, "eval.every": 20, "checkpoint.every": 15})

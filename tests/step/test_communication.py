@@ -174,14 +174,12 @@ def faults(found: list[Moved], budget: dict[Key, int]) -> list[str]:
     ]
 
 
-pytestmark = pytest.mark.skipif(
-    offline.toolchain() is None, reason="needs `make .venv/cuda`"
-)
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def compiled() -> dict[str, list[Moved]]:
-    ended = offline.run_python([__file__], XLA_FLAGS=FAST)
+def compiled(run_offline) -> dict[str, list[Moved]]:
+    ended = run_offline([__file__], XLA_FLAGS=FAST)
     assert ended.returncode == 0, ended.stderr[-2000:]
     found = json.loads(ended.stdout)
     return {name: [Moved(**m) for m in arrays] for name, arrays in found.items()}

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 
-from pallas_kernels import offline
-
 ROOT = Path(__file__).parents[2]
 KERNELS = ("attention", "norm", "cross_entropy")
 MESHES = {
@@ -42,13 +40,11 @@ def get_config() -> Config:
 # Compiles fast: what is asked here is settled before code is made.
 FAST = "--xla_backend_optimization_level=0 --xla_gpu_enable_triton_gemm=false"
 
-pytestmark = pytest.mark.skipif(
-    offline.toolchain() is None, reason="needs `make .venv/cuda`"
-)
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
+def compiled(tmp_path_factory, run_offline):
     """Compiles a step on a mesh with all kernels of an implementation; once each."""
     path = tmp_path_factory.mktemp("config") / "small.py"
     path.write_text(CONFIG)
@@ -57,7 +53,7 @@ def compiled(tmp_path_factory):
     def run(mesh: str, implementation: str) -> dict[str, Any]:
         named = [f"--config.kernels.{name}={implementation}" for name in KERNELS]
         script = [str(ROOT / "scripts" / "compile_step.py"), "--json", "--child"]
-        ended = offline.run_python(
+        ended = run_offline(
             [*script, f"--config={path}", *MESHES[mesh].split(), *named],
             XLA_FLAGS=FAST,
         )
