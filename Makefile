@@ -1,5 +1,7 @@
 # make quickstart   install, then train a small model on this machine and sample from it
-# make test         install the development tools, then run the tests
+# make test         install the development tools, then run the tests but the long proofs
+# make test-slow    install a CUDA toolchain too, then run those: kernels and steps
+#                   compiled for H200s, SLURM, killed runs, more meshes and processes
 # make test-oldest  install the oldest jax that is supported, run the kernels' tests
 # make check        lint, format and types
 # make format       rewrite files as `make check` wants them
@@ -9,14 +11,18 @@ OLDEST = 0.11.2
 KERNEL_TESTS = tests/kernels tests/plan/test_kernels.py tests/step/test_step_kernels.py \
   tests/step/test_step_offline.py tests/models/test_mlp.py tests/cluster/test_environment.py
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
+PYTEST = .venv/bin/python -m pytest -q -n 2 --dist worksteal --durations=10
 
-.PHONY: quickstart test test-oldest check format notebook
+.PHONY: quickstart test test-slow test-oldest check format notebook
 
 quickstart:
 	@PYTHON="$(PYTHON)" scripts/quickstart.sh
 
-test: .venv/dev .venv/cuda
-	.venv/bin/python -m pytest -q -n 2 --dist worksteal
+test: .venv/dev
+	$(PYTEST) -m "not slow"
+
+test-slow: .venv/dev .venv/cuda
+	$(PYTEST) -m slow
 
 # XLA, Mosaic and ptxas come with jax: what one version compiles well another may not.
 test-oldest: .venv/oldest/done

@@ -43,7 +43,7 @@ ELSEWHERE = {  # beginning of a command: why it does not run here
     "make test": "is what runs this",
     "make format": "would change the files under test",
     "make notebook": "tests/house/test_notebook.py compares what it makes",
-    "make .venv/cuda": "installs; part of make test",
+    "make .venv/cuda": "installs; part of make test-slow",
     ".venv/bin/python scripts/compile_step.py": "tests/step/test_step_offline.py does",
     "python scripts/settings_table.py": "tests/house/test_flags.py makes it",
     "JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=8 python -m jaxllm.compare_meshes": (
