@@ -48,7 +48,7 @@ def name(processes, index: int) -> str:
     return f", pid {processes.processes[index].pid})"
 
 
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_whoever_is_killed_takes_the_other_along_at_once(pair, killed):
     processes = pair()
     until_it_trains(processes)
@@ -61,6 +61,7 @@ def test_whoever_is_killed_takes_the_other_along_at_once(pair, killed):
     assert last == RESUMES
 
 
+@pytest.mark.slow
 def test_one_that_is_stopped_is_named_within_the_stated_time(pair, tmp_path):
     processes = pair()
     until_it_trains(processes)
@@ -76,6 +77,7 @@ def test_one_that_is_stopped_is_named_within_the_stated_time(pair, tmp_path):
     assert processes.processes[1].wait(30) == 75
 
 
+@pytest.mark.slow
 def test_one_that_gets_no_data_is_named_by_both(pair, tmp_path):
     processes = pair(IN_PROCESS_ONE.format("time.sleep(1000)"))
     assert processes.wait() == [75, 75]

@@ -2,10 +2,9 @@
 """Public functions and classes say what they do, in one sentence to begin with."""
 
 import ast
+import functools
 import re
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parents[2]
 FILES = [
@@ -18,6 +17,7 @@ FILES = [
 Documented = ast.FunctionDef | ast.ClassDef
 
 
+@functools.cache
 def public(file: str) -> dict[str, Documented]:
     """Returns the public functions and classes of a file, and methods of the latter."""
     found = {}
@@ -38,32 +38,43 @@ def is_property(node: Documented) -> bool:
     return any("property" in ast.unparse(d) for d in node.decorator_list)
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_public_things_have_a_docstring(file):
+def test_public_things_have_a_docstring():
     # The entry points' main does what the module's docstring says, and a property is
     # explained where its class is.
-    for name, node in public(file).items():
-        if name != "main" and not is_property(node):
-            assert ast.get_docstring(node), name
+    without = [
+        f"{file}: {name}"
+        for file in FILES
+        for name, node in public(file).items()
+        if name != "main" and not is_property(node) and not ast.get_docstring(node)
+    ]
+    assert without == []
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_a_docstring_begins_with_one_sentence(file):
-    for name, node in public(file).items():
-        if text := ast.get_docstring(node):
-            first = text.split("\n\n")[0]
-            assert first.rstrip().endswith((".", ":")), name
-            assert re.match(r"[A-Z0-9(`]", first), name
+def test_a_docstring_begins_with_one_sentence():
+    found = []
+    for file in FILES:
+        for name, node in public(file).items():
+            first = (ast.get_docstring(node) or "A.").split("\n\n")[0].rstrip()
+            if not (first.endswith((".", ":")) and re.match(r"[A-Z0-9(`]", first)):
+                found.append(f"{file}: {name}")
+    assert found == []
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_documented_arguments_are_arguments(file):
-    for name, node in public(file).items():
-        if not isinstance(node, ast.FunctionDef):
-            continue
-        arguments = {a.arg for a in ast.walk(node.args) if isinstance(a, ast.arg)}
-        text = ast.get_docstring(node) or ""
-        match = re.search(r"Args:\n((?:  .*\n?)*)", text)
-        listed = re.findall(r"^  (\w+(?:, \w+)*):", match[1] if match else "", re.M)
-        for names in listed:
-            assert set(names.split(", ")) <= arguments, f"{name}: {names}"
+def test_documented_arguments_are_arguments():
+    found = []
+    for file in FILES:
+        for name, node in public(file).items():
+            if isinstance(node, ast.FunctionDef):
+                wrong = documented_arguments(node) - arguments(node)
+                found += [f"{file}: {name}: {argument}" for argument in sorted(wrong)]
+    assert found == []
+
+
+def arguments(node: ast.FunctionDef) -> set[str]:
+    return {a.arg for a in ast.walk(node.args) if isinstance(a, ast.arg)}
+
+
+def documented_arguments(node: ast.FunctionDef) -> set[str]:
+    match = re.search(r"Args:\n((?:  .*\n?)*)", ast.get_docstring(node) or "")
+    listed = re.findall(r"^  (\w+(?:, \w+)*):", match[1] if match else "", re.M)
+    return {name for names in listed for name in names.split(", ")}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jupytext
 import nbformat
+import pytest
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "notebooks" / "quickstart.ipynb"
@@ -23,6 +24,7 @@ nbformat.write(notebook, sys.argv[1])
 """
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_in_its_own_folder_and_learns(tmp_path):
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     folder = tmp_path / "notebooks"

@@ -228,7 +228,7 @@ def test_a_skipped_step_changes_nothing_but_the_time(tiny, poison, tmp_path):
     [
         ("skip", math.nan, 3, (1, 3, 4)),
         ("rewind", math.nan, 3, (2, 3, 5)),
-        ("skip", 40.0, 19, (18, 19, 21)),
+        pytest.param("skip", 40.0, 19, (18, 19, 21), marks=pytest.mark.slow),
     ],
 )
 def test_killed_anywhere_a_run_ends_with_the_same_bits(

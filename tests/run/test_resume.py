@@ -46,7 +46,9 @@ def config(tiny) -> Config:
     return tiny({"checkpoint.keep_best": True})
 
 
-@pytest.mark.parametrize("after", [(0,), (1, 2), (3, 3, 4), (5,)])
+@pytest.mark.parametrize(
+    "after", [(0,), pytest.param((1, 2), marks=pytest.mark.slow), (3, 3, 4), (5,)]
+)
 def test_leaving_the_loop_saves_and_resuming_changes_nothing(
     config, trained, tmp_path, after
 ):
