@@ -7,6 +7,7 @@ status is then in a file. Nothing here may start JAX's backend, whose threads a 
 would lose.
 """
 
+import gc
 import json
 import os
 import runpy
@@ -93,6 +94,9 @@ def run(arguments: list[str]):
         runpy.run_path(arguments[0], run_name="__main__")
 
 
+# Or each fork looks at all that was imported when it ends, and so copies it: 1.3 s of
+# CPU time, not 0.2.
+gc.freeze()
 if request := next_request():
     prepare(request)
     run(request["python"])

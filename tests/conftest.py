@@ -2,6 +2,7 @@
 """Every test runs on 8 simulated CPU devices, with JAX at its strictest."""
 
 import dataclasses
+import gc
 import json
 import os
 import platform
@@ -46,6 +47,11 @@ from pallas_kernels import offline
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_collection_finish():
+    """Leaves out of each garbage collection what stays to the end."""
+    gc.freeze()
 
 
 @pytest.fixture
