@@ -179,21 +179,30 @@ def test_local_adds_up_gradients_over_the_devices_that_share_an_argument(
 
 
 @pytest.mark.parametrize("letters", ["VD", "DNH", "NH", "H"])
-@pytest.mark.parametrize("sizes", [dict(data=2, fsdp=2, tensor=2), dict(data=8), {}])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        dict(data=2, fsdp=2, tensor=2),
+        dict(fsdp=2, context=4),
+        dict(context=2, expert=4),
+        dict(data=8),
+        {},
+    ],
+)
 def test_reduce_to_storage_sums_the_parts_of_the_batch(letters, sizes):
     mesh = sharding.make_mesh(sizes, jax.devices()[: 8 if sizes else 1])
-    x, w = draw("B"), draw(letters, 1)
+    x, w = draw("BT"), draw(letters, 1)
 
     def gradient(x, w):
         return sharding.reduce_to_storage(x.sum() * w, letters)
 
     def call(x, w):
         stored = sharding.out_sharding(letters, STORAGE)
-        return sharding.local(gradient, ("B", letters), stored)(x, w)
+        return sharding.local(gradient, ("BT", letters), stored)(x, w)
 
     np.testing.assert_array_equal(call(x, w), x.sum() * w)
     with jax.set_mesh(mesh):
-        got = jax.jit(call)(put(x, "B", COMPUTE, mesh), put(w, letters, COMPUTE, mesh))
+        got = jax.jit(call)(put(x, "BT", COMPUTE, mesh), put(w, letters, COMPUTE, mesh))
     np.testing.assert_array_equal(got, x.sum() * w)
     assert got.sharding.spec == sharding.spec(letters, STORAGE, mesh)
 
