@@ -31,7 +31,8 @@ ELEMENTWISE = {
 SAME_SIZE = ("TS", "ER")
 # Two letters that one dim of a function's parameters stands for.
 GENERIC = {
-    "_attend": "NK",  # decoding: as many heads as keys have, queries of a group in T
+    # Decoding: as many heads as keys have, and all queries of a group in T.
+    "attention_with_gradient": "NK",
     "rotate": "NK",
     "rows_times_weights": "DF",  # backward from F to D
     "_within_groups": "DF",

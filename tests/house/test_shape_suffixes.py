@@ -7,7 +7,7 @@ import functools
 from pathlib import Path
 
 import pytest
-from suffixes import Comparison, Module, lies
+from suffixes import GENERIC, Comparison, Module, lies
 
 ROOT = Path(__file__).parents[2]
 LEAST = 60  # comparisons whose other side is written out in letters
@@ -183,6 +183,11 @@ def test_enough_is_compared_of_every_kind():
     assert len([kind for kind in kinds if kind not in written]) >= LEAST, counted
     assert counted["contraction's operand, a parameter"] >= 8, counted
     assert counted["block's parameter"] + counted["block's argument"] >= 30, counted
+
+
+def test_a_function_that_is_allowed_two_letters_is_there():
+    text = "".join(path.read_text() for path in ROOT.glob("[jp]*/**/*.py"))
+    assert [name for name in GENERIC if f"def {name}(" not in text] == []
 
 
 def planted(line: str) -> str:
