@@ -9,9 +9,10 @@
 #   first call agrees on step 1. A run that starts at step 0 stops at 1; a run that
 #   resumes at 100 checks 100, 101, ... and is never told, for the rest of its life.
 # For training: restoring and compiling a large model takes minutes, in which a cluster
-#   does send its notice. Call the function with step 1 and then with the first step as
-#   soon as processes are connected, before restoring; or agree on a stop by a sum of
-#   your own.
+#   does send its notice. As soon as processes are connected, call the function with
+#   step 1, which tells of notices until then, and with the first step, after which one
+#   that comes while restoring is told at step 101; or agree on a stop by a sum of your
+#   own.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -5,7 +5,7 @@
 # Guess: `optax.global_norm` adds squares in float32, or at worst is off by a rounding,
 #   0.4 %.
 # Seen: each leaf's sum is rounded to bfloat16 and these are added in bfloat16. A sum
-#   stalls once it is 256 times a leaf's: for 720 leaves of 256 normals it gives 362
+#   stalls at 256 to 512 times a leaf's: for 720 leaves of 256 normals it gives 362
 #   instead of 430, and `clip_by_global_norm(1)` leaves a norm of 1.19. More leaves make
 #   it worse.
 # For training: a model whose layers are not stacked has hundreds of leaves. Cast

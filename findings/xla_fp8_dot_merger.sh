@@ -20,7 +20,7 @@ trap 'rm -rf "$folder"' EXIT
 "${PYTHON:-python3.12}" -m venv "$folder/venv" || exit 2
 python=$folder/venv/bin/python
 install() {
-  "$python" -m pip install --quiet --no-compile --disable-pip-version-check "$@" || exit 2
+  "$python" -m pip install -q --no-compile --disable-pip-version-check "$@" || exit 2
 }
 install jax==0.12.0.1 jaxlib==0.12.0.1 numpy==2.5.5 ml_dtypes==0.6.0
 install --no-deps jax-cuda13-plugin==0.12.0.1 jax-cuda13-pjrt==0.12.0.1 \

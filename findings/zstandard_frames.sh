@@ -6,8 +6,8 @@
 # Guess: `ZstdDecompressor` reads a file the same way by each of its methods, as `gzip`
 #   reads all members of a .gz and the zstd command all frames.
 # Seen: of two frames of 1000 lines each, `stream_reader`, `copy_stream` and
-#   `zstandard.open` give 2000 lines; `read_to_iter`, the one for files larger than
-#   memory, and `decompress` give the first 1000 and end, without an error.
+#   `zstandard.open` give 2000 lines; `read_to_iter`, which gives it in chunks, and
+#   `decompress` give the first 1000 and end, without an error.
 # For training: `cat a.zst b.zst` and parallel compressors write several frames. A
 #   corpus then loses all but its first part, and the number of tokens is the only
 #   trace. Read by `stream_reader`, and try the reader on two frames.
