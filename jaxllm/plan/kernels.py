@@ -60,10 +60,11 @@ def check_kernels(config: Config, mesh: Mesh) -> None:
 
 def _choose_attention(config: Config, mesh: Mesh) -> Choice:
     model = config.model
-    integers_BT = _shape(1, config.data.sequence_length, dtype="int32")
-    q_shape = (1, config.data.sequence_length, model.num_heads, model.head_dim)
+    length = config.data.sequence_length // mesh.shape["context"]
+    integers_BT = _shape(1, length, dtype="int32")
     return pallas_kernels.choose_attention(
-        _shape(*q_shape, dtype=model.dtype),
+        _shape(1, length, model.num_heads, model.head_dim, dtype=model.dtype),
+        _shape(1, length, model.num_kv_heads, model.head_dim, dtype=model.dtype),
         segments_BT=None if config.data.cross_document_attention else integers_BT,
         start_BT=integers_BT if mesh.shape["context"] > 1 else None,
         window=max(model.windows),

@@ -199,10 +199,13 @@ def _facts(call: Call) -> dict[str, Any]:
 
 
 def _cudnn_can(call: Call) -> bool:
-    q_BTNH = jax.ShapeDtypeStruct((*call.shape[:3], call.shape[-1]), jnp.bfloat16)
+    b, t, n, k, h = call.shape
+    q_BTNH = jax.ShapeDtypeStruct((b, t, n, h), jnp.bfloat16)
+    k_BSKH = jax.ShapeDtypeStruct((b, call.s, k, h), jnp.bfloat16)
     with traced_for(H200), contextlib.suppress(NotImplementedError):
         choose_attention(
             q_BTNH,
+            k_BSKH,
             **call.extra(),
             causal=call.causal,
             window=call.window,

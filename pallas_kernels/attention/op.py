@@ -11,10 +11,12 @@ from pallas_kernels.attention.arguments import check_arguments
 from pallas_kernels.attention.hopper import passes
 from pallas_kernels.attention.ranges import key_ranges
 from pallas_kernels.attention.reference import attention_reference
+from pallas_kernels.attention.tiles import FORWARD, find_tile
 from pallas_kernels.choice import Choice, Implementation, Shaped, choose
 from pallas_kernels.target import INTERPRETED, current_target
 
 HEAD_DIMS = (64, 128, 256)  # of the mosaic kernels
+ROWS = 8  # of a tile in memory, into which those kernels write
 
 
 def attention(
@@ -75,6 +77,7 @@ def attention(
     scale = float(q_BTNH.shape[-1] ** -0.5 if scale is None else scale)
     chosen, _ = choose_attention(
         q_BTNH,
+        k_BSKH,
         causal=causal,
         segments_BT=segments_BT,
         positions_BT=positions_BT,
@@ -143,6 +146,7 @@ def attention(
 
 def choose_attention(
     q_BTNH: Shaped,
+    k_BSKH: Shaped,
     *,
     causal: bool = True,
     segments_BT: Shaped | None = None,
@@ -159,6 +163,7 @@ def choose_attention(
 
     Args:
       q_BTNH: as the others, an argument of `attention`.
+      k_BSKH: decides with q_BTNH which lengths the kernels see.
       start_BT: of `RangedAttention`, in whose place "cudnn" has nothing.
 
     Raises:
@@ -166,6 +171,11 @@ def choose_attention(
       NotImplementedError: the one named cannot honour all that was asked.
     """
     target, dtype, head_dim = current_target(), str(q_BTNH.dtype), q_BTNH.shape[-1]
+    lengths = q_BTNH.shape[1], k_BSKH.shape[1]
+    if sinks_N is None and start_BT is None and head_dim in HEAD_DIMS:
+        stacked = lengths[0] * (q_BTNH.shape[2] // k_BSKH.shape[2])
+        if stacked <= find_tile(target, FORWARD, head_dim, causal=causal).queries:
+            lengths = stacked, lengths[1]
     halves = ("bfloat16", "float16")
     widest = 256 if target.is_hopper else 128
     mosaic = {
@@ -173,6 +183,10 @@ def choose_attention(
         f"dtype {dtype} ({' or '.join(halves)})": dtype not in halves,
         f"head width {head_dim} {HEAD_DIMS}": head_dim not in HEAD_DIMS,
         f"scale {scale} (positive)": scale is not None and scale <= 0,
+        # Interpret mode takes any length; TMA's tiles have 8 rows.
+        f"lengths {lengths} of queries and keys (up to 8, or multiples of 8)": (
+            target != INTERPRETED and any(n > ROWS and n % ROWS for n in lengths)
+        ),
     }
     # What jax.nn's cuDNN path would refuse late, or get wrong without a word.
     cudnn = {

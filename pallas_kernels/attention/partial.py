@@ -48,7 +48,7 @@ class RangedAttention:
 
         Has no gradient of its own; see `backward`.
         """
-        scale, kernels = self._choose(q_BTNH, start_BT)
+        scale, kernels = self._choose(q_BTNH, k_BSKH, start_BT)
         if kernels:
             return passes.forward(
                 kernels, q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT, None
@@ -76,7 +76,7 @@ class RangedAttention:
           out_BTNH: over all keys that the queries see, as lse_BNT.
           dout_BTNH: the cotangent of out_BTNH.
         """
-        scale, kernels = self._choose(q_BTNH, start_BT)
+        scale, kernels = self._choose(q_BTNH, k_BSKH, start_BT)
         if kernels:
             return passes.backward(
                 kernels,
@@ -102,13 +102,14 @@ class RangedAttention:
         )
 
     def _choose(
-        self, q_BTNH: jax.Array, start_BT: jax.Array
+        self, q_BTNH: jax.Array, k_BSKH: jax.Array, start_BT: jax.Array
     ) -> tuple[float, passes.Kernels | None]:
         """Returns the scale, and the kernels if they are what is chosen."""
         head_dim = q_BTNH.shape[-1]
         scale = float(head_dim**-0.5 if self.scale is None else self.scale)
         chosen, _ = choose_attention(
             q_BTNH,
+            k_BSKH,
             start_BT=start_BT,
             softcap=self.softcap,
             scale=scale,

@@ -38,6 +38,7 @@ def chosen(
     with mosaic.interpret() if target == INTERPRETED else traced_for(target):
         return choose_attention(
             q_BTNH,
+            q_BTNH,
             **asked,
             deterministic=deterministic,
             implementation=implementation,
@@ -236,6 +237,36 @@ def test_few_queries_of_all_heads_that_share_keys_are_one_block(t):
     q, k, v = draw(jnp.bfloat16)
     call = functools.partial(pallas_kernels.attention, causal=False)
     assert forward_results(call, q[:, :t], k, v) == [(B, t * N // K, K, H)]
+
+
+@pytest.mark.parametrize(
+    ("t", "s", "num_heads"), [(9, 16, 1), (16, 81, 1), (3, 16, 3), (100, 100, 1)]
+)
+def test_lengths_that_do_not_compile_are_left_to_plain_jax(t, s, num_heads):
+    q = jax.ShapeDtypeStruct((1, t, num_heads, 64), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((1, s, 1, 64), jnp.bfloat16)
+    with traced_for(H200):
+        auto = choose_attention(q, k, causal=False)
+        assert auto.implementation == "xla"
+        assert "multiples of 8" in auto.reason
+        with pytest.raises(NotImplementedError, match=r"lengths .* multiples of 8"):
+            choose_attention(q, k, causal=False, implementation="mosaic")
+
+
+@pytest.mark.parametrize(
+    ("t", "s", "num_heads"), [(7, 16, 1), (16, 7, 1), (4, 88, 2), (104, 104, 1)]
+)
+def test_other_lengths_compile_forward_and_backward(t, s, num_heads):
+    q = jnp.zeros((1, t, num_heads, 64), jnp.bfloat16)
+    k = jnp.zeros((1, s, 1, 64), jnp.bfloat16)
+
+    def total(q, k, v):
+        out_BTNH = pallas_kernels.attention(
+            q, k, v, causal=False, implementation="mosaic"
+        )
+        return out_BTNH.astype(jnp.float32).sum()
+
+    assert len(kernel_calls(jax.grad(total, (0, 1, 2)), q, k, k)) >= 3
 
 
 def test_with_sinks_each_head_has_blocks_of_its_own():

@@ -96,7 +96,7 @@ def test_only_the_kernels_and_plain_jax_take_ranges():
     q_BTNH = jax.ShapeDtypeStruct((B, T, N, H), jnp.bfloat16)
     start_BT = jax.ShapeDtypeStruct((B, T), jnp.int32)
     choose = functools.partial(
-        choose_attention, q_BTNH, start_BT=start_BT, deterministic=False
+        choose_attention, q_BTNH, q_BTNH, start_BT=start_BT, deterministic=False
     )
     with traced_for(Target("gpu", "NVIDIA A100-SXM4-80GB", 108)):
         assert choose(implementation="auto").implementation == "xla"
