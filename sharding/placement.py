@@ -39,8 +39,8 @@ class Placement:
         """Starts the transfer of this process's `rows`; returns global arrays."""
         if self.sharding is None:
             return jax.device_put(dict(held))
-        # One explicit transfer of everything: make_array_from_callback counts as an
-        # implicit one, which a transfer guard refuses.
+        # One explicit transfer of everything: to a transfer guard,
+        # make_array_from_callback is an implicit one.
         devices = list(self.parts)
         placed = jax.device_put(
             [self.part(held[name], device) for name in held for device in devices],

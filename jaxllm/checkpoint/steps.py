@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which folders of a run are complete checkpoints, told without Orbax.
 
-A step is `<folder>/<step>/`. It is written beside its place and renamed into it, but
-Orbax takes any folder with a number for a name as a step: an empty one, one of which a
-copy or a removal was interrupted. Here it also needs all of `_PARTS`.
+A step is `<folder>/<step>/`. It is written beside its place and renamed into it. Orbax
+takes an empty folder with a number for a step (findings/orbax_empty_step.sh): here it
+also needs all of `_PARTS`.
 """
 
 import logging

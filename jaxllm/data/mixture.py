@@ -58,8 +58,7 @@ def mix_rows(
     for path, rows in enumerate(num_rows):
         order = grain.MapDataset.range(rows)
         if shuffle:
-            # Grain takes seed + epoch: with neighbouring seeds for the paths, or runs,
-            # the second order of one would be the first order of the next.
+            # Not neighbouring seeds: findings/grain_neighbour_seeds.sh.
             order = order.shuffle(seed=_derive_seed(seed, path))
         orders.append(order.repeat(None, reseed_each_epoch=shuffle))
     return Mixture(_proportions(weights or num_rows), tuple(orders))
@@ -69,8 +68,8 @@ def draw(n: int, proportions: Sequence[int]) -> tuple[int, int]:
     """Returns the path of the n-th row, and how many of that path came before it.
 
     Of every sum(proportions) rows, path i has exactly proportions[i], evenly spread.
-    grain.MapDataset.mix uses the same rule, but rounds weights (0.7 and 0.3 become
-    0.6997 and 0.3003) and so cannot give each row once per epoch.
+    The rule is that of grain.MapDataset.mix, without its rounding of weights:
+    findings/grain_mix_weights.sh.
     """
     before, after, remaining = n, n + 1, sum(proportions)
     for path, share in enumerate(proportions):
