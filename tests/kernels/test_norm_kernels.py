@@ -121,6 +121,7 @@ def test_shared_rows_that_go_past_shared_memory_in_turns(kind, parts, monkeypatc
     check(kind, (3, 4096), "bfloat16", residual=True)  # two turns of a block
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(
     kind=st.sampled_from(["rms", "layer"]),
