@@ -21,8 +21,9 @@ quickstart:
 test: .venv/dev
 	$(PYTEST) -m "not slow"
 
+# With all of XLA's optimizations, as in a user's run; `make test` leaves most of them out.
 test-slow: .venv/dev .venv/cuda
-	$(PYTEST) -m slow
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PYTEST) -m slow
 
 # XLA, Mosaic and ptxas come with jax: what one version compiles well another may not.
 test-oldest: .venv/oldest/done

@@ -137,7 +137,7 @@ def _define_flags() -> flags.FlagValues:
         "holdout_by",
         "document",
         ["document", "tail"],
-        "documents by hash, or the tail of the text",
+        "documents by hash, or the tail",
         flag_values=values,
     )
     flags.DEFINE_integer(
@@ -178,9 +178,10 @@ def _help_text() -> str:
     lines = [__doc__ or "", "Flags:"]
     values = _define_flags()
     for name in values:
-        text, default = " ".join(values[name].help.split()), values[name].default
+        text, default = values[name].help, values[name].default
+        text = text.partition(";\n")[0]  # absl adds a line to some
         note = "" if default in (None, [], False) else f" ({default})"
-        lines.append(f"  --{name:<24} {text}{note}")
+        lines.append(f"  --{name:<22} {text}{note}")
     return "\n".join(lines)
 
 

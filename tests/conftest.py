@@ -194,9 +194,9 @@ class CommandServer:
 
     def run(self, python: Sequence[str], folder: Path, env: Mapping[str, str]) -> Ended:
         """Runs `python` with these arguments to its end."""
-        said = [self._folder / f"{self._number}-{name}" for name in ("out", "err")]
-        status = self.start(python, folder, *said, env, limit_s=300).wait()
-        return Ended(status, *(path.read_text() for path in said))
+        stdout, stderr = (self._folder / f"{self._number}-{n}" for n in ("out", "err"))
+        status = self.start(python, folder, stdout, stderr, env, limit_s=300).wait()
+        return Ended(status, stdout.read_text(), stderr.read_text())
 
 
 @pytest.fixture(scope="session")

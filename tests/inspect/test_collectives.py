@@ -86,7 +86,7 @@ def test_collectives_between_axes_of_size_one_are_left_out():
 
 def test_the_line_that_asked_is_named(mesh):
     [found] = compiled(mesh, lambda x: jax.lax.psum(x, "data"), (8,), jax.P("data"))
-    assert found.source.startswith("tests/inspect/test_collectives.py:")
+    assert found.source.startswith("inspect/test_collectives.py:")
     assert found.op_name.endswith("psum")
 
 

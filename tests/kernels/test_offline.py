@@ -47,7 +47,7 @@ CASES = [(operation, name) for operation in OPERATIONS for name in cases_of(oper
 def test_a_kernel_compiles_for_an_h200_and_takes_what_is_on_record(
     operation, name, run_offline, monkeypatch
 ):
-    monkeypatch.setattr(offline.compile, "run_python", run_offline)
+    monkeypatch.setattr("pallas_kernels.offline.compile.run_python", run_offline)
     compiled = offline.compile_in_subprocess(operation, name)
     needs_hgmma = operation in WITH_TENSOR_CORES
     known = KNOWN_FAULTS.get((resources.VERSION, name), [])

@@ -160,7 +160,7 @@ def test_a_mesh_that_does_not_fit_is_refused_before_tracing(case, monkeypatch):
         ({"mesh.expert": 2}, r"config.mesh.expert=2 needs experts.* config.mesh.fsdp"),
         (
             {**EXPERTS, "mesh.context": 2, "model.moe.capacity_factor": 1.0},
-            r"config.mesh.context=2 cuts rows.* config.mesh.context=1",
+            r"config.mesh.context=2 shards rows.* config.mesh.context=1",
         ),
     ],
 )
