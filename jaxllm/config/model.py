@@ -92,7 +92,7 @@ class ModelConfig:
     attention_softcap: float | None = None  # soft cap c of logits: c * tanh(x / c)
     logit_softcap: float | None = None  # the same soft cap, for the output logits
     dtype: Dtype = "bfloat16"  # dtype of activations and matmuls; weights are float32
-    remat: Remat = "none"  # activations that are kept; backward recomputes the others
+    remat: Remat = "none"  # recomputation in backward; none: nothing, full: all
     scan_layers: bool = True  # compile one period of layers and scan; false: unroll
     moe: MoEConfig = MoEConfig()  # mixture of experts in place of the MLP
 

@@ -132,7 +132,7 @@ class OptimizerConfig:
     warmup_steps: int = 0  # steps of linear warm-up; the first has lr / warmup_steps
     decay_fraction: float = 0.2  # wsd only: last share of the steps, in which lr decays
     final_lr_fraction: float = 0.1  # last learning rate, as a fraction of lr
-    weight_decay: float = 0.0  # decoupled decay of matrices; not norms, biases
+    weight_decay: float = 0.0  # decoupled decay of matrices, embeddings; no others
     b1: float = 0.9  # decay of the first moment; momentum of muon, sgd; not adafactor
     b2: float = 0.95  # decay of the second moment; not adafactor, sgd, muon's matrices
     eps: float = 1e-8  # added to the root of the second moment; not in lion, sgd
@@ -210,7 +210,7 @@ class DistributedConfig:
 
     start_timeout_s: int = 300  # seconds to wait for all processes to start
     heartbeat_timeout_s: int = 60  # seconds of silence until a process counts as dead
-    stall_timeout_s: int = 300  # least time limit of a step, in seconds; 0: no limit
+    stall_timeout_s: int = 300  # least time limit of any phase, in seconds; 0: none
 
     def __post_init__(self):
         check_not_negative(self, "distributed", "stall_timeout_s")

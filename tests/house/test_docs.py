@@ -45,7 +45,7 @@ ELSEWHERE = {  # beginning of a command: why it does not run here
     "make notebook": "tests/house/test_notebook.py compares what it makes",
     "make .venv/cuda": "installs; part of make test-slow",
     ".venv/bin/python scripts/compile_step.py": "tests/step/test_step_offline.py does",
-    "python scripts/settings_table.py": "tests/house/test_flags.py makes it",
+    ".venv/bin/python scripts/settings_table.py": "tests/house/test_flags.py makes it",
     "JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=8 python -m jaxllm.compare_meshes": (
         "minutes; tests/meshes/test_compare_meshes.py compares less"
     ),
