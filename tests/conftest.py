@@ -55,6 +55,10 @@ def pytest_collection_finish():
     gc.set_threshold(100_000, 20, 20)
 
 
+# Seven programs for H200s take one process 4 minutes on two quiet cores, or more.
+OFFLINE_LIMIT_S = 1200
+
+
 @pytest.fixture
 def key() -> jax.Array:
     """A PRNG key, the same for every test."""
@@ -192,10 +196,17 @@ class CommandServer:
         print(json.dumps(request), file=self._server.stdin, flush=True)
         return Forked(int(self._server.stdout.readline()), ended)
 
-    def run(self, python: Sequence[str], folder: Path, env: Mapping[str, str]) -> Ended:
+    def run(
+        self,
+        python: Sequence[str],
+        folder: Path,
+        env: Mapping[str, str],
+        limit_s: int = 300,
+    ) -> Ended:
         """Runs `python` with these arguments to its end."""
         stdout, stderr = (self._folder / f"{self._number}-{n}" for n in ("out", "err"))
-        status = self.start(python, folder, stdout, stderr, env, limit_s=300).wait()
+        forked = self.start(python, folder, stdout, stderr, env, limit_s)
+        status = forked.wait(limit_s)
         return Ended(status, stdout.read_text(), stderr.read_text())
 
 
@@ -243,7 +254,7 @@ def run_offline(tmp_path_factory) -> Iterator[Callable[..., Any]]:
     with CommandServer(said, env) as server:
 
         def run(arguments: Sequence[str], **variables: str):
-            ended = server.run(arguments, said, variables)
+            ended = server.run(arguments, said, variables, OFFLINE_LIMIT_S)
             return subprocess.CompletedProcess(
                 list(arguments), ended.status, ended.stdout, ended.stderr
             )

@@ -72,7 +72,7 @@ def test_one_that_is_stopped_is_named_within_the_stated_time(pair, tmp_path):
     said = processes.said(0)
     assert f"{name(processes, 1)} has given no sign of life for " in said
     (path,) = (tmp_path / "run" / "stalls").glob("*-process-0.txt")
-    assert "jaxllm/records/metrics.py" in path.read_text()
+    assert "jaxllm/records/interval.py" in path.read_text()
     processes.processes[1].send_signal(signal.SIGCONT)
     assert processes.processes[1].wait(30) == 75
 

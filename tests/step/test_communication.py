@@ -174,7 +174,7 @@ def faults(found: list[Moved], budget: dict[Key, int]) -> list[str]:
     ]
 
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
 @pytest.fixture(scope="module")
