@@ -14,6 +14,7 @@ from jaxllm.inference.sampling import Sampling, sample_tokens
 from jaxllm.models import Model
 from jaxllm.plan.kernels import choose_kernels
 from jaxllm.run.saved_model import Which, load_params
+from jaxllm.text.decoding import TextStream
 from jaxllm.text.tokenizers import Tokenizer
 
 
@@ -36,7 +37,7 @@ def generate(
         tokenizer.encode(prompt) or ([] if start is None else [start])
         for prompt in prompts
     ]
-    made: list[list[int]] = [[] for _ in prompts]
+    streams = [TextStream(tokenizer, each) for each in ids]
     tokens = sample_tokens(
         model,
         params,
@@ -47,12 +48,11 @@ def generate(
     )
     for column in tokens:
         for number, token in enumerate(column):
-            if token is None:
-                continue
-            piece = tokenizer.decode_stream(ids[number] + made[number], token)
-            made[number].append(token)
-            if piece:
+            if token is not None and (piece := streams[number].add(token)):
                 yield number, piece
+    for number, stream in enumerate(streams):
+        if piece := stream.flush():
+            yield number, piece
 
 
 def load_for_generation(

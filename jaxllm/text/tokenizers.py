@@ -8,9 +8,11 @@ The only special token that this package adds is the end of a document.
 import dataclasses
 import functools
 import hashlib
+import json
 import os
+import re
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -28,7 +30,8 @@ MAX_TRAINED_VOCAB = 1_000_000
 
 # Names in published tokenizers; the first one found is used.
 _KNOWN_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>")
-_STREAM_WINDOW = 64  # tokens that can matter for the text of the next one
+_KNOWN_DECODERS = ("ByteLevel", "Fuse", "Metaspace", "Replace", "Strip", "WordPiece")
+_BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")  # of byte fallback
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +55,11 @@ class BytesTokenizer:
         """Returns the text of tokens; what is not UTF-8 shows as U+FFFD."""
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
 
-    def decode_stream(self, previous_ids: Sequence[int], new_id: int) -> str:
-        """Returns what `new_id` adds to the text; "" until a character is complete."""
-        return _added_text(self.decode, previous_ids, new_id)
+    streams_text = True
+
+    def opens_run(self, token_id: int) -> bool | None:
+        """Returns False: no token's characters change once they are complete."""
+        return False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,11 +101,40 @@ class HFTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of tokens, without special tokens."""
-        return self.backend.decode(list(ids), skip_special_tokens=True)
+        ids = list(ids)
+        if all(self._text_of(each) is None for each in ids):
+            return ""  # the library's BPEDecoder panics without a token
+        return self.backend.decode(ids, skip_special_tokens=True)
 
-    def decode_stream(self, previous_ids: Sequence[int], new_id: int) -> str:
-        """Returns what `new_id` adds to the text; "" until a character is complete."""
-        return _added_text(self.decode, previous_ids, new_id)
+    @functools.cached_property
+    def streams_text(self) -> bool:
+        """Whether the text of tokens stays when others follow, but for `opens_run`."""
+        return _streams_text(self._decoder_steps)
+
+    def opens_run(self, token_id: int) -> bool | None:
+        """Returns whether later tokens may change its text; None if it has none."""
+        token = self._text_of(token_id)
+        if token is None:
+            return None
+        kinds = [step["type"] for step in self._decoder_steps]
+        if "BPEDecoder" in kinds:  # its suffix is a space, but for the last token
+            suffix = self._decoder_steps[0]["suffix"]
+            last = token.replace(suffix, "")
+            return not token.replace(suffix, " ").startswith(last)
+        return "ByteFallback" in kinds and bool(_BYTE_TOKEN.fullmatch(token))
+
+    @functools.cached_property
+    def _decoder_steps(self) -> list[dict[str, Any]]:
+        return _flatten(json.loads(self.json).get("decoder"))
+
+    def _text_of(self, token_id: int) -> str | None:
+        token = self.backend.id_to_token(token_id)
+        return None if token in self._special_tokens else token
+
+    @functools.cached_property
+    def _special_tokens(self) -> set[str]:
+        added = self.backend.get_added_tokens_decoder().values()
+        return {token.content for token in added if token.special}
 
 
 Tokenizer = BytesTokenizer | HFTokenizer
@@ -204,20 +238,53 @@ def _load_json(path: str, end_of_document: str | None) -> HFTokenizer:
     if end_of_document is not None and end_of_document not in vocab:
         raise InputError(
             f"--end_of_document={end_of_document} is not a token of {path}; give one "
-            f"of its special tokens: {_special_tokens(tokenizer)}."
+            f"of its special tokens: {_list_added_tokens(tokenizer)}."
         )
     names = _KNOWN_ENDS if end_of_document is None else (end_of_document,)
     ends = [vocab[name] for name in names if name in vocab]
     return dataclasses.replace(tokenizer, end_of_document=ends[0] if ends else None)
 
 
-def _special_tokens(tokenizer: HFTokenizer) -> str:
+def _list_added_tokens(tokenizer: HFTokenizer) -> str:
     added = tokenizer.backend.get_added_tokens_decoder().values()
     return ", ".join(token.content for token in list(added)[:16]) or "it has none"
 
 
-def _added_text(decode, previous_ids: Sequence[int], new_id: int) -> str:
-    # An incomplete character decodes to U+FFFD at the end: held back until complete.
-    window = list(previous_ids[-_STREAM_WINDOW:])
-    before = decode(window).rstrip("\ufffd")
-    return decode([*window, new_id]).rstrip("\ufffd")[len(before) :]
+def _flatten(step: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Returns the steps of a decoder, or of a part of one, in order."""
+    if step is None:
+        return []
+    if step["type"] == "Sequence":
+        return [each for inner in step["decoders"] for each in _flatten(inner)]
+    return [step]
+
+
+def _streams_text(steps: list[dict[str, Any]]) -> bool:
+    """Returns whether these steps are known to keep the text of complete tokens.
+
+    They work on a list of texts, one a token, until one joins them. From there on only
+    what works on single characters, or on the beginning of the text, keeps it.
+    """
+    kinds = [step["type"] for step in steps]
+    if "BPEDecoder" in kinds:
+        return kinds[0] == "BPEDecoder" and set(kinds[1:]) <= {"Fuse"}
+    is_joined = False
+    for i, step in enumerate(steps):
+        kind = step["type"]
+        pattern = step.get("pattern", {}).get("String", "")
+        if is_joined:
+            is_known = (
+                kind == "Fuse"
+                or (kind == "Strip" and not step["stop"])
+                or (kind == "Replace" and len(pattern) == 1 and pattern != "\ufffd")
+            )
+        elif kind == "ByteFallback":  # its tokens must be as they are in the vocabulary
+            is_known = all(each.get("content") == " " for each in steps[:i])
+        elif kind == "CTC":
+            is_known = i == 0
+        else:
+            is_known = kind in _KNOWN_DECODERS
+        if not is_known:
+            return False
+        is_joined |= kind in ("Fuse", "ByteLevel")
+    return True

@@ -11,7 +11,8 @@ import pytest
 
 from jaxllm.config.saved import read_config
 from jaxllm.errors import InputError
-from jaxllm.inference import Sampling, generate, load_for_generation
+from jaxllm.inference import Sampling, generate, generation, load_for_generation
+from jaxllm.text.decoding import TextStream
 from jaxllm.text.tokenizers import BytesTokenizer
 
 GREEDY = Sampling(temperature=0.0)
@@ -38,21 +39,28 @@ def written(loaded, prompts, *, max_tokens=12, sampling=GREEDY, tokenizer=None):
     return texts
 
 
-def test_pieces_come_as_they_are_made(loaded):
+def test_pieces_come_as_they_are_made(loaded, monkeypatch):
     model, params, mesh = loaded
     asked = []
 
-    class Watched(BytesTokenizer):
-        def decode_stream(self, previous_ids, new_id):
-            asked.append(new_id)
-            return "."
+    def add(stream, token_id):
+        asked.append(token_id)
+        return "."
 
+    monkeypatch.setattr(TextStream, "add", add)
     with jax.set_mesh(mesh):
         pieces = generate(
-            model, params, Watched(), ["def f"], max_tokens=50, sampling=GREEDY
+            model, params, BytesTokenizer(), ["def f"], max_tokens=50, sampling=GREEDY
         )
         assert [next(pieces), next(pieces)] == [(0, "."), (0, ".")]
     assert len(asked) == 2
+
+
+def test_an_incomplete_character_at_the_end_is_written(loaded, monkeypatch):
+    # "\u6c34" lacks its last byte.
+    columns = iter([[0xE6, ord("a")], [0xB0, None]])
+    monkeypatch.setattr(generation, "sample_tokens", lambda *_, **__: columns)
+    assert written(loaded, ["x", "y"]) == ["\ufffd", "a"]
 
 
 def test_the_same_seed_writes_the_same_and_another_does_not(loaded):

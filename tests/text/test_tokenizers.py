@@ -47,22 +47,6 @@ def test_every_text_comes_back_from_its_tokens(tokenizer, text):
     assert all(0 <= i < tokenizer.vocab_size for i in ids)
 
 
-@given(st.text(st.characters(codec="utf-8", exclude_characters="\ufffd")))
-@pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=lambda each: each.kind)
-def test_streamed_pieces_are_the_text_in_whole_characters(tokenizer, text):
-    ids = tokenizer.encode(text)
-    pieces = [tokenizer.decode_stream(ids[:i], ids[i]) for i in range(len(ids))]
-    assert "".join(pieces) == text
-    assert "\ufffd" not in "".join(pieces)
-
-
-@given(st.lists(st.integers(0, 300)))
-@pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=lambda each: each.kind)
-def test_any_tokens_decode_and_stream(tokenizer, ids):
-    pieces = [tokenizer.decode_stream(ids[:i], ids[i]) for i in range(len(ids))]
-    assert tokenizer.decode(ids).startswith("".join(pieces))
-
-
 @pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=lambda each: each.kind)
 def test_an_end_of_document_in_a_text_is_text(tokenizer):
     text = "a<|endoftext|>b"
