@@ -4,8 +4,9 @@
     python -m jaxllm.tokenize --input TEXT [--input ...] --output DIR --tokenizer bytes
 
 --input is a file, a folder (all its files), a glob, - for standard input, or
-python:stdlib for the source of Python's own library. A .jsonl or .parquet file has one
-document a row; any other file is UTF-8 text and one document. --tokenizer is `bytes`,
+python:stdlib for the source of Python's own library. A .jsonl, .json or .parquet file
+has one document a row; any other file is UTF-8 text and one document. Text and JSON may
+be compressed (.gz, .bz2, .xz, .zst). --tokenizer is `bytes`,
 the path of a tokenizer.json, or `bpe:4096` to train one on the input. The output is the
 same for any number of workers, and appears whole or not at all: after an interruption
 the same command starts again. The exit status is 0 when finished, 2 if the input is
@@ -66,17 +67,13 @@ def _run(argv: Sequence[str]) -> int:
     if values["help"]:
         print(_help_text())
         return FINISHED
-    output, workers = values["output"], values["workers"]
+    output = values["output"]
     if not output:
         raise InputError("--output is missing; give a new folder for the tokens.")
-    if workers < 0:
-        raise InputError(
-            f"--workers={workers} must be at least 0, which is one a core."
-        )
     fields = {field.name for field in dataclasses.fields(TokenSettings)}
     settings = TokenSettings(**{name: values[name] for name in fields & set(values)})
-    overwrite = values["overwrite"]
-    manifest = make_token_folder(settings, output, workers=workers, overwrite=overwrite)
+    others = {name: values[name] for name in ("workers", "overwrite", "max_lost")}
+    manifest = make_token_folder(settings, output, **others)
     for name, split in manifest.splits.items():
         print(f"{name}: {split.num_tokens:,} tokens, {split.num_documents:,} documents")
     print(
@@ -105,7 +102,7 @@ def _define_flags() -> flags.FlagValues:
     flags.DEFINE_string(
         "text_field",
         "text",
-        "field of .jsonl or column of .parquet to read",
+        "field of .jsonl and .json, or column of .parquet, to read",
         flag_values=values,
     )
     flags.DEFINE_enum(
@@ -113,6 +110,18 @@ def _define_flags() -> flags.FlagValues:
         "text",
         ["text", "jsonl"],
         "format of standard input, --input=-",
+        flag_values=values,
+    )
+    flags.DEFINE_bool(
+        "skip_invalid_rows",
+        False,
+        "leave out and count rows without text: null, no such field, no JSON",
+        flag_values=values,
+    )
+    flags.DEFINE_float(
+        "max_lost",
+        0.0,
+        "largest share of characters that a tokenizer without unknown token may drop",
         flag_values=values,
     )
     flags.DEFINE_bool(

@@ -1,24 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads all text sources as one stream of documents, in pieces that fit in memory."""
 
+import codecs
 import collections
-import contextlib
+import hashlib
 import io
-import json
-import re
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Any, BinaryIO, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import BinaryIO, NamedTuple
 
 from jaxllm.errors import InputError
+from jaxllm.text.rows import (
+    InvalidRowError,
+    Row,
+    looks_like_json,
+    read_json,
+    read_parquet,
+    text_of,
+)
 from jaxllm.text.sources import STDIN, Source
+from jaxllm.text.streams import explained, open_source
 
 PIECE_BYTES = 2**20  # documents up to this size are one piece
-
-# GPT-2's pre-tokenization never joins text across these borders, so splitting a long
-# document there, after a line or else before a word, does not change its tokens.
-_BORDERS = (re.compile(rb"\S\n(?=\S)"), re.compile(rb"\S(?= \S)"))
-_BORDER_BYTES = 2**16  # bytes at the end of a piece that are searched for a border
+_LARGE_BYTES = 2**26  # said of a piece that cannot be cut
+_ENCODING_BYTES = 150  # memory a byte of one piece, as measured
 
 
 class Piece(NamedTuple):
@@ -27,163 +32,143 @@ class Piece(NamedTuple):
     text: bytes  # valid UTF-8, never empty
     is_first: bool  # of its document
     is_last: bool
-    source_bytes: int  # read from the input for it
+    document_hash: int  # below 2**64, of the document's first PIECE_BYTES
+    source_bytes: int = 0  # read from the input for it
 
 
-def read_pieces(
-    sources: Sequence[Source], *, text_field: str, skipped: collections.Counter
-) -> Iterator[Piece]:
+class Reading(NamedTuple):
+    """How documents are read."""
+
+    text_field: str
+    skip_invalid_rows: bool
+    skipped: collections.Counter  # documents left out, by reason
+    # Takes a text that continues, and returns where it may be cut after a place.
+    cut: Callable[[bytearray, int], int | None]
+
+
+def read_pieces(sources: Sequence[Source], reading: Reading) -> Iterator[Piece]:
     """Yields the documents of sources in order, split into pieces.
 
-    A text file is one document, as is a line of .jsonl or a row of .parquet. Skipped
-    documents are counted in `skipped`, as "empty" or "undecodable".
+    A text file is one document, as is a line of .jsonl, an element of a .json array or
+    a row of .parquet.
     """
     for source in sources:
-        try:
-            if source.kind == "text":
-                yield from _read_text(source, skipped)
-            elif source.kind == "jsonl":
-                yield from _read_jsonl(source, text_field, skipped)
+        with explained(source):
+            if source.kind == "parquet":
+                rows = read_parquet(source, reading.text_field)
+                yield from _read_rows(rows, reading)
             else:
-                yield from _read_parquet(source, text_field, skipped)
-        except OSError as error:
-            raise InputError(
-                f"--input={source.path} cannot be read: {error.strerror or error}; "
-                "make it readable or leave it out."
-            ) from error
+                yield from _read_stream(source, reading)
 
 
-def _open(source: Source) -> contextlib.AbstractContextManager[BinaryIO]:
-    if source.path == STDIN:
-        return contextlib.nullcontext(sys.stdin.buffer)
-    return open(source.path, "rb")
+def _read_stream(source: Source, reading: Reading) -> Iterator[Piece]:
+    with open_source(source) as opened:
+        if source.kind == "text":
+            pieces = _read_text(source, opened.stream, reading)
+        else:
+            pieces = _read_rows(read_json(source, opened), reading)
+        done = 0
+        for piece in pieces:
+            at = opened.position() if opened.position else done + len(piece.text)
+            yield piece._replace(source_bytes=at - done)
+            done = at
 
 
-def _read_text(source: Source, skipped: collections.Counter) -> Iterator[Piece]:
-    with _open(source) as stream:
-        if source.skip_undecodable:
-            content = stream.read()
-            if not _is_utf8(content):
-                skipped["undecodable"] += 1
-                return
-            stream = io.BytesIO(content)
-        start = 0
-        for piece in _cut(stream, skipped):
-            try:
-                piece.text.decode()
-            except UnicodeDecodeError as error:
-                raise InputError(
-                    f"--input={source.path} is not UTF-8 text: byte "
-                    f"{start + error.start} is {error.object[error.start]:#04x}; "
-                    "convert it, for example with `iconv -t utf-8`, or leave it out (a "
-                    "glob such as 'folder/**/*.txt' takes the texts of a folder)."
-                ) from error
-            start += len(piece.text)
-            yield piece
+def _read_rows(rows: Iterator[Row], reading: Reading) -> Iterator[Piece]:
+    for row in rows:
+        try:
+            text = text_of(row, reading.text_field)
+        except InvalidRowError as error:
+            if not reading.skip_invalid_rows:
+                raise
+            reading.skipped[error.reason] += 1
+            continue
+        for piece in _cut(b"", io.BytesIO(text).read, reading):
+            source_bytes = row.source_bytes if piece.is_last else 0
+            yield piece._replace(source_bytes=source_bytes)
 
 
-def _read_jsonl(
-    source: Source, text_field: str, skipped: collections.Counter
-) -> Iterator[Piece]:
-    with _open(source) as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            place = f"--input={source.path}:{number}"
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise InputError(
-                    f"{place} is not a line of JSON: {error}; correct or remove it."
-                ) from error
-            if not isinstance(row, dict) or text_field not in row:
-                has = ", ".join(row) if isinstance(row, dict) else "no fields"
-                raise InputError(
-                    f"{place} has no --text_field={text_field}; it has {has}."
-                )
-            yield from _cut_value(
-                row[text_field], place, text_field, len(line), skipped
-            )
+def _read_text(source: Source, stream: BinaryIO, reading: Reading) -> Iterator[Piece]:
+    if source.skip_undecodable:
+        content = stream.read()
+        if not _is_utf8(content):
+            reading.skipped["undecodable"] += 1
+            return
+        stream = io.BytesIO(content)
+    read = _Utf8(source, stream).read
+    # The mark of an encoding is not text.
+    head = read(PIECE_BYTES).removeprefix(codecs.BOM_UTF8)
+    if not source.skip_undecodable:
+        _refuse_json(source, head, reading.text_field)
+    yield from _cut(head, read, reading)
 
 
-def _read_parquet(
-    source: Source, text_field: str, skipped: collections.Counter
-) -> Iterator[Piece]:
-    pyarrow = _import_pyarrow(source.path)
-    try:
-        with pyarrow.parquet.ParquetFile(source.path, memory_map=True) as table:
-            if text_field not in table.schema_arrow.names:
-                raise InputError(
-                    f"--input={source.path} has no --text_field={text_field}; it has "
-                    f"{', '.join(table.schema_arrow.names)}."
-                )
-            row_bytes = source.num_bytes // max(table.metadata.num_rows, 1)
-            number = 0
-            for batch in table.iter_batches(batch_size=256, columns=[text_field]):
-                for value in batch.column(0).to_pylist():
-                    place = f"--input={source.path}, row {number}"
-                    yield from _cut_value(value, place, text_field, row_bytes, skipped)
-                    number += 1
-    except pyarrow.ArrowException as error:
-        raise InputError(
-            f"--input={source.path} is not a readable parquet file: {error}; write it "
-            "again or leave it out."
-        ) from error
-
-
-def _import_pyarrow(path: str) -> Any:
-    try:
-        import pyarrow.parquet  # an optional extra, imported only here
-    except ImportError as error:
-        raise InputError(
-            f"--input={path} needs pyarrow to be read; `pip install jaxllm[parquet]`."
-        ) from error
-    return pyarrow
-
-
-def _cut_value(
-    value: Any, place: str, field: str, source_bytes: int, skipped: collections.Counter
-) -> Iterator[Piece]:
-    if not isinstance(value, str):
-        raise InputError(
-            f"{place} has a {type(value).__name__} in --text_field={field}, where text "
-            "must be; correct or remove it."
-        )
-    try:
-        text = value.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"{place} has half a surrogate pair at character {error.start} of its "
-            "text, which is not a character; correct or remove it."
-        ) from error
-    for piece in _cut(io.BytesIO(text), skipped):
-        yield piece._replace(source_bytes=source_bytes if piece.is_last else 0)
-
-
-def _cut(stream: BinaryIO, skipped: collections.Counter) -> Iterator[Piece]:
-    """Yields one document in pieces of about PIECE_BYTES."""
-    rest = stream.read(PIECE_BYTES)
-    if not rest:
-        skipped["empty"] += 1
+def _refuse_json(source: Source, head: bytes, text_field: str):
+    kind = looks_like_json(head, text_field)
+    if not kind:
         return
-    is_first = True
-    while following := stream.read(PIECE_BYTES):
-        at = _border(rest)
-        yield Piece(rest[:at], is_first, False, at)
-        rest, is_first = rest[at:] + following, False
-    yield Piece(rest, is_first, True, len(rest))
+    if source.path != STDIN:
+        remedy = f"name it {'.json' if kind == 'array' else '.jsonl'}"
+    elif kind == "lines":
+        remedy = "give --stdin_format=jsonl"
+    else:
+        remedy = "write it to a .json file and give that"
+    raise InputError(
+        f"--input={source.path} is read as text, but begins like JSON with the field "
+        f"{text_field!r}; to read that field, {remedy}. To tokenize the JSON itself, "
+        "give a --text_field that it does not have."
+    )
 
 
-def _border(text: bytes) -> int:
-    """Returns where to split, in the last bytes of a text that continues."""
-    window = max(len(text) // 2, len(text) - _BORDER_BYTES)
-    for border in _BORDERS:
-        if found := collections.deque(border.finditer(text, window), maxlen=1):
-            return found[0].end()
-    for at in range(len(text) - 1, max(len(text) - 4, 0), -1):
-        if text[at] & 0xC0 != 0x80:  # the first byte of a character
-            return at
-    return len(text)
+def _cut(
+    head: bytes, read: Callable[[int], bytes], reading: Reading
+) -> Iterator[Piece]:
+    """Yields one document, of which head is read, in pieces of about PIECE_BYTES."""
+    rest = bytearray(head or read(PIECE_BYTES))
+    if not rest:
+        reading.skipped["empty"] += 1
+        return
+    digest = hashlib.blake2b(rest[:PIECE_BYTES], digest_size=8).digest()
+    number, is_first, searched = int.from_bytes(digest), True, 0
+    while following := read(PIECE_BYTES):
+        if at := reading.cut(rest, searched):
+            yield Piece(bytes(rest[:at]), is_first, False, number)
+            del rest[:at]
+            is_first = False
+        elif len(rest) // _LARGE_BYTES > (len(rest) - PIECE_BYTES) // _LARGE_BYTES:
+            print(
+                f"note: a document of more than {len(rest) >> 20} MiB is tokenized as "
+                "a whole: it has no place where this tokenizer allows a cut. It takes "
+                f"about {len(rest) * _ENCODING_BYTES >> 30} GiB of memory.",
+                file=sys.stderr,
+            )
+        searched = len(rest)
+        rest += following
+    yield Piece(bytes(rest), is_first, True, number)
+
+
+class _Utf8:
+    """Reads a text, and refuses what is not UTF-8 where it is."""
+
+    def __init__(self, source: Source, stream: BinaryIO):
+        self._source, self._stream = source, stream
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._done = 0
+
+    def read(self, num_bytes: int) -> bytes:
+        block = self._stream.read(num_bytes)
+        start = self._done - len(self._decoder.getstate()[0])
+        try:
+            self._decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"--input={self._source.path} is not UTF-8 text: byte "
+                f"{start + error.start} is {error.object[error.start]:#04x}; convert "
+                "it, as in `iconv -f latin1 -t utf-8 OLD > NEW`, or leave it out (a "
+                "glob such as 'folder/**/*.txt' takes the texts of a folder)."
+            ) from error
+        self._done += len(block)
+        return block
 
 
 def _is_utf8(content: bytes) -> bool:

@@ -15,8 +15,10 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxllm.data.manifest import token_dtype
+from jaxllm.text.borders import make_cutter
 from jaxllm.text.documents import Piece
-from jaxllm.text.tokenizers import Tokenizer
+from jaxllm.text.lost_characters import Lost, encode_and_count
+from jaxllm.text.tokenizers import BytesTokenizer, HFTokenizer, Tokenizer
 
 CHUNK_BYTES = 2**20  # bytes of text sent to a worker at once
 CHUNK_PIECES = 4096  # bounds the memory of many short documents
@@ -28,6 +30,7 @@ class Encoded(NamedTuple):
     pieces: list[Piece]
     tokens: np.ndarray  # of all pieces, concatenated
     lengths: np.ndarray  # tokens of each piece
+    lost: Lost  # characters that they do not hold
 
 
 def encode_pieces(
@@ -61,13 +64,22 @@ def _chunk(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 def _encode(
     chunk: list[Piece], tokenizer: Tokenizer, append_end: bool
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, Lost]:
     dtype = token_dtype(tokenizer.vocab_size)
-    if tokenizer.kind == "bytes":
+    lost = Lost()
+    if isinstance(tokenizer, BytesTokenizer):
         arrays = [np.frombuffer(piece.text, np.uint8).astype(dtype) for piece in chunk]
     else:
-        batch = tokenizer.encode_batch([piece.text.decode() for piece in chunk])
-        arrays = [np.array(ids, dtype) for ids in batch]
+        arrays = [np.empty(0, dtype)] * len(chunk)
+        for is_first in {piece.is_first for piece in chunk}:
+            some = [i for i, piece in enumerate(chunk) if piece.is_first == is_first]
+            of_these = tokenizer if is_first else make_cutter(tokenizer).continuation
+            assert isinstance(of_these, HFTokenizer)
+            texts = [chunk[i].text.decode() for i in some]
+            batch, lost_here = encode_and_count(of_these, texts)
+            lost.add(lost_here)
+            for i, ids in zip(some, batch, strict=True):
+                arrays[i] = np.array(ids, dtype)
     if append_end:
         end = np.array([tokenizer.end_of_document], dtype)
         arrays = [
@@ -75,7 +87,7 @@ def _encode(
             for piece, array in zip(chunk, arrays, strict=True)
         ]
     lengths = np.array([len(array) for array in arrays], np.int64)
-    return np.concatenate(arrays), lengths
+    return np.concatenate(arrays), lengths, lost
 
 
 def _encode_by_workers(
@@ -129,5 +141,5 @@ def _die_with_parent():
     os._exit(1)
 
 
-def _encode_in_worker(chunk: list[Piece]) -> tuple[np.ndarray, np.ndarray]:
+def _encode_in_worker(chunk: list[Piece]) -> tuple[np.ndarray, np.ndarray, Lost]:
     return _encode(chunk, *_worker_settings)

@@ -2,7 +2,6 @@
 """Writes token files: shards of equal size, document boundaries, held-out split."""
 
 import bisect
-import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from typing import BinaryIO
@@ -10,9 +9,11 @@ from typing import BinaryIO
 import numpy as np
 
 from jaxllm.data.manifest import ENDS_DTYPE, SplitEntry, describe_split
+from jaxllm.errors import InputError
 from jaxllm.text.encoding import Encoded
 
 _BLOCK_TOKENS = 2**22
+_MAX_SHARDS = 100_000  # whose names have five digits
 
 
 class SplitWriter:
@@ -50,6 +51,11 @@ class SplitWriter:
 
     def _open_shard(self) -> BinaryIO:
         if self._shard is None:
+            if len(self.shards) == _MAX_SHARDS:
+                raise InputError(
+                    f"--shard_tokens={self._shard_tokens} makes more than "
+                    f"{_MAX_SHARDS} files; give more tokens a file, such as 100000000."
+                )
             self.shards.append(f"{self._split}-{len(self.shards):05d}.bin")
             self._shard = open(os.path.join(self._folder, self.shards[-1]), "wb")
         return self._shard
@@ -92,13 +98,9 @@ def write_splits(
     }
 
 
-def is_held_out(first_piece: bytes, holdout: float) -> bool:
-    """Returns whether a document is held out; equal documents are on the same side.
-
-    The hash is of its first piece, so that a long document need not be in memory.
-    """
-    number = int.from_bytes(hashlib.blake2b(first_piece, digest_size=8).digest())
-    return number < holdout * 2**64
+def is_held_out(document_hash: int, holdout: float) -> bool:
+    """Returns whether a document is held out; equal documents are on the same side."""
+    return document_hash < holdout * 2**64
 
 
 def _assign(
@@ -106,11 +108,11 @@ def _assign(
 ) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
     """Yields runs of tokens of one split, with the ends of documents within them."""
     is_eval = False
-    for pieces, tokens, lengths in encoded:
+    for pieces, tokens, lengths, _ in encoded:
         sides = np.empty(len(pieces), bool)
         for i, piece in enumerate(pieces):
             if piece.is_first:
-                is_eval = is_held_out(piece.text, holdout)
+                is_eval = is_held_out(piece.document_hash, holdout)
             sides[i] = is_eval
         is_last = np.array([piece.is_last for piece in pieces])
         for side in (False, True):

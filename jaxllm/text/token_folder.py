@@ -4,14 +4,18 @@
 import collections
 import contextlib
 import dataclasses
+import hashlib
+import heapq
 import os
 import sys
 from collections.abc import Iterator, Sequence
 
 from jaxllm.data.manifest import TOKENIZER, Manifest, SplitEntry, token_dtype
 from jaxllm.errors import InputError
-from jaxllm.text.documents import read_pieces
+from jaxllm.text.borders import cut_anywhere, make_cutter
+from jaxllm.text.documents import Reading, read_pieces
 from jaxllm.text.encoding import Encoded, encode_pieces
+from jaxllm.text.lost_characters import Losses
 from jaxllm.text.progress import Advance, show_progress
 from jaxllm.text.shards import is_held_out, write_splits
 from jaxllm.text.sources import STDIN, Source, find_sources, hash_sources
@@ -20,6 +24,7 @@ from jaxllm.text.tokenizers import (
     BytesTokenizer,
     HFTokenizer,
     Tokenizer,
+    check_trained_end,
     describe_tokenizer,
     load_tokenizer,
     train_bpe,
@@ -27,6 +32,7 @@ from jaxllm.text.tokenizers import (
 )
 
 TRAINING_BYTES = 2**26  # most bytes of text that a BPE is trained on
+_WORKERS_A_CORE = 8  # at most
 _WORKER_BYTES = 2**22  # bytes of text that justify one more worker
 
 
@@ -43,6 +49,7 @@ class TokenSettings:
     holdout: float
     holdout_by: str
     shard_tokens: int
+    skip_invalid_rows: bool = False
     input_sha256: str = ""  # of the names, sizes and times of all files
     tokenizer_sha256: str = ""  # of a tokenizer.json
 
@@ -57,6 +64,7 @@ class TokenSettings:
                 f"--shard_tokens={self.shard_tokens} must be at least 1; 100000000 "
                 "makes files of 200 MB."
             )
+        check_trained_end(self.tokenizer, self.end_of_document)
         if trained_vocab_size(self.tokenizer) and STDIN in self.input:
             raise InputError(
                 f"--tokenizer={self.tokenizer} reads its text twice, and --input=- "
@@ -65,13 +73,24 @@ class TokenSettings:
 
 
 def make_token_folder(
-    settings: TokenSettings, output: str, *, workers: int = 0, overwrite: bool = False
+    settings: TokenSettings,
+    output: str,
+    *,
+    workers: int = 0,
+    overwrite: bool = False,
+    max_lost: float = 0.0,
 ) -> Manifest:
     """Makes a token folder, or returns the manifest of one made with equal settings.
+
+    Args:
+      workers: number of processes; 0 is one a core.
+      overwrite: replace a folder made with other settings.
+      max_lost: largest share of characters that the tokenizer may drop.
 
     Raises:
       InputError: if the text, a setting or the output is wrong.
     """
+    _check_bounds(workers, max_lost)
     sources = find_sources(settings.input, stdin_format=settings.stdin_format)
     settings = dataclasses.replace(
         settings,
@@ -90,7 +109,7 @@ def make_token_folder(
             dtype=token_dtype(tokenizer.vocab_size),
             tokenizer=describe_tokenizer(tokenizer),
             settings=dataclasses.asdict(settings),
-            splits=_write(folder, settings, sources, tokenizer, workers),
+            splits=_write(folder, settings, sources, tokenizer, workers, max_lost),
         )
         commit(output, manifest)
     return manifest
@@ -116,20 +135,26 @@ def _training_texts(settings: TokenSettings, sources: Sequence[Source]) -> list[
     """Returns the text that is not held out or, if large, a sample chosen by hash."""
     total = sum(source.num_bytes for source in sources)
     by_document = settings.holdout if settings.holdout_by == "document" else 0.0
-    left_out = 1 - TRAINING_BYTES / max(total, 1)
     pieces = read_pieces(
-        sources, text_field=settings.text_field, skipped=collections.Counter()
+        sources, _reading(settings, collections.Counter(), cut_anywhere)
     )
-    texts, held_out = [], False
+    chosen, num_bytes = [], 0  # a heap, of the highest hash first
     # Read here, not by the trainer, whose threads would block Ctrl-C.
     with show_progress("training the tokenizer", total) as advance:
-        for piece in pieces:
+        for number, piece in enumerate(pieces):
             advance(piece.source_bytes)
-            if piece.is_first:
-                held_out = is_held_out(piece.text, by_document)
-            if not held_out and not is_held_out(piece.text[::-1], left_out):
-                texts.append(piece.text)
-    return texts
+            if is_held_out(piece.document_hash, by_document):
+                continue
+            order = hashlib.blake2b(piece.text, digest_size=8).digest()
+            heapq.heappush(chosen, (-int.from_bytes(order), number, piece.text))
+            num_bytes += len(piece.text)
+            while num_bytes > TRAINING_BYTES and len(chosen) > 1:
+                num_bytes -= len(heapq.heappop(chosen)[-1])
+    return [text for _, _, text in sorted(chosen, key=lambda each: each[1])]
+
+
+def _reading(settings: TokenSettings, skipped: collections.Counter, cut) -> Reading:
+    return Reading(settings.text_field, settings.skip_invalid_rows, skipped, cut)
 
 
 def _write(
@@ -138,6 +163,7 @@ def _write(
     sources: Sequence[Source],
     tokenizer: Tokenizer,
     workers: int,
+    max_lost: float,
 ) -> dict[str, SplitEntry]:
     if isinstance(tokenizer, HFTokenizer):
         with open(os.path.join(folder, TOKENIZER), "wb") as file:
@@ -145,7 +171,14 @@ def _write(
             os.fsync(file.fileno())
     total = sum(source.num_bytes for source in sources)
     skipped = collections.Counter()
-    pieces = read_pieces(sources, text_field=settings.text_field, skipped=skipped)
+
+    def cut(text: bytearray, start: int) -> int | None:
+        return make_cutter(tokenizer).cut(
+            text, start
+        )  # made at the first long document
+
+    pieces = read_pieces(sources, _reading(settings, skipped, cut))
+    losses = Losses(settings.tokenizer, max_lost)
     encoded = encode_pieces(
         pieces,
         tokenizer,
@@ -156,7 +189,7 @@ def _write(
     with show_progress("tokenizing", total) as advance, contextlib.closing(encoded):
         splits = write_splits(
             folder,
-            _reported(encoded, advance),
+            _reported(encoded, advance, losses),
             holdout=settings.holdout,
             holdout_by=settings.holdout_by,
             has_ends=settings.append_end_of_document,
@@ -164,11 +197,15 @@ def _write(
             shard_tokens=settings.shard_tokens,
         )
     _check_splits(settings, splits, skipped)
+    losses.check()
     return splits
 
 
-def _reported(encoded: Iterator[Encoded], advance: Advance) -> Iterator[Encoded]:
+def _reported(
+    encoded: Iterator[Encoded], advance: Advance, losses: Losses
+) -> Iterator[Encoded]:
     for each in encoded:
+        losses.add(each.lost)
         yield each
         advance(sum(piece.source_bytes for piece in each.pieces), len(each.tokens))
 
@@ -180,6 +217,20 @@ def _num_workers(tokenizer: Tokenizer, sources: Sequence[Source]) -> int:
     if any(source.path == STDIN for source in sources):
         return cores
     return min(cores, 1 + sum(source.num_bytes for source in sources) // _WORKER_BYTES)
+
+
+def _check_bounds(workers: int, max_lost: float):
+    most = _WORKERS_A_CORE * (os.cpu_count() or 1)
+    if not 0 <= workers <= most:
+        raise InputError(
+            f"--workers={workers} must be from 0, which is one a core, to {most}, "
+            f"which is {_WORKERS_A_CORE} a core."
+        )
+    if not 0 <= max_lost <= 1:
+        raise InputError(
+            f"--max_lost={max_lost} must be from 0 to 1; 0.001 allows to lose one "
+            "character in a thousand."
+        )
 
 
 def _check_splits(
@@ -213,8 +264,9 @@ def _check_same(output: str, done: Manifest, settings: TokenSettings):
             f"is what it was made from; {remedy}"
         )
     now = dataclasses.asdict(settings)
+    defaults = {each.name: each.default for each in dataclasses.fields(settings)}
     for name in now | done.settings:
-        was, wanted = done.settings.get(name), now.get(name)
+        was, wanted = done.settings.get(name, defaults.get(name)), now.get(name)
         if was == wanted:
             continue
         if name.endswith("_sha256"):

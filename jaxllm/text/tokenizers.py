@@ -10,9 +10,8 @@ import functools
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -24,14 +23,14 @@ from jaxllm.data.manifest import (
     read_manifest,
 )
 from jaxllm.errors import InputError
+from jaxllm.text.sources import check_regular
 
 END_OF_DOCUMENT = "<|endoftext|>"  # of a BPE trained here
 MAX_TRAINED_VOCAB = 1_000_000
+MAX_ID = 2**31 - 1
 
 # Names in published tokenizers; the first one found is used.
 _KNOWN_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>")
-_KNOWN_DECODERS = ("ByteLevel", "Fuse", "Metaspace", "Replace", "Strip", "WordPiece")
-_BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")  # of byte fallback
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,12 +54,6 @@ class BytesTokenizer:
         """Returns the text of tokens; what is not UTF-8 shows as U+FFFD."""
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
 
-    streams_text = True
-
-    def opens_run(self, token_id: int) -> bool | None:
-        """Returns False: no token's characters change once they are complete."""
-        return False
-
 
 @dataclasses.dataclass(frozen=True)
 class HFTokenizer:
@@ -77,6 +70,8 @@ class HFTokenizer:
     def backend(self) -> tokenizers.Tokenizer:
         backend = tokenizers.Tokenizer.from_str(self.json.decode())
         backend.encode_special_tokens = True  # as text, not as their ids
+        if isinstance(backend.model, models.BPE):
+            backend.model.dropout = None  # equal texts have equal tokens
         backend.no_truncation()
         backend.no_padding()
         return backend
@@ -99,35 +94,23 @@ class HFTokenizer:
         batch = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in batch]
 
+    @functools.cached_property
+    def unknown_token(self) -> int | None:
+        """The token of what no other one holds."""
+        model = json.loads(self.json)["model"]
+        if (unknown := model.get("unk_id")) is not None:
+            return unknown
+        return self.backend.token_to_id(model.get("unk_token") or "")
+
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of tokens, without special tokens."""
         ids = list(ids)
-        if all(self._text_of(each) is None for each in ids):
+        if all(self.shown_token(each) is None for each in ids):
             return ""  # the library's BPEDecoder panics without a token
         return self.backend.decode(ids, skip_special_tokens=True)
 
-    @functools.cached_property
-    def streams_text(self) -> bool:
-        """Whether the text of tokens stays when others follow, but for `opens_run`."""
-        return _streams_text(self._decoder_steps)
-
-    def opens_run(self, token_id: int) -> bool | None:
-        """Returns whether later tokens may change its text; None if it has none."""
-        token = self._text_of(token_id)
-        if token is None:
-            return None
-        kinds = [step["type"] for step in self._decoder_steps]
-        if "BPEDecoder" in kinds:  # its suffix is a space, but for the last token
-            suffix = self._decoder_steps[0]["suffix"]
-            last = token.replace(suffix, "")
-            return not token.replace(suffix, " ").startswith(last)
-        return "ByteFallback" in kinds and bool(_BYTE_TOKEN.fullmatch(token))
-
-    @functools.cached_property
-    def _decoder_steps(self) -> list[dict[str, Any]]:
-        return _flatten(json.loads(self.json).get("decoder"))
-
-    def _text_of(self, token_id: int) -> str | None:
+    def shown_token(self, token_id: int) -> str | None:
+        """Returns a token as in the vocabulary; None for one that has no text."""
         token = self.backend.id_to_token(token_id)
         return None if token in self._special_tokens else token
 
@@ -149,6 +132,7 @@ def load_tokenizer(path: str, *, end_of_document: str | None = None) -> Tokenize
         none of the usual names; without one, `Tokenizer.end_of_document` is None.
     """
     if path == "bytes":
+        _refuse_end(end_of_document, path)
         return BytesTokenizer()
     if not os.path.isdir(path):
         return _load_json(path, end_of_document)
@@ -156,10 +140,13 @@ def load_tokenizer(path: str, *, end_of_document: str | None = None) -> Tokenize
         return _load_json(os.path.join(path, TOKENIZER), end_of_document)
     entry = read_manifest(path).tokenizer
     if entry.kind == "bytes":
+        _refuse_end(end_of_document, f"{path}, which is bytes")
         tokenizer = BytesTokenizer()
     else:
-        loaded = _load_json(os.path.join(path, TOKENIZER), None)
-        tokenizer = dataclasses.replace(loaded, end_of_document=entry.end_of_document)
+        tokenizer = _load_json(os.path.join(path, TOKENIZER), end_of_document)
+        if end_of_document is None:
+            end = entry.end_of_document
+            tokenizer = dataclasses.replace(tokenizer, end_of_document=end)
     if tokenizer.sha256 != entry.sha256:
         raise InputError(
             f"{os.path.join(path, TOKENIZER)} has changed since the tokens were made; "
@@ -181,6 +168,12 @@ def trained_vocab_size(name: str) -> int | None:
             "large ones."
         )
     return int(size)
+
+
+def check_trained_end(name: str, end_of_document: str | None):
+    """Refuses another end of document than the one of a tokenizer trained here."""
+    if trained_vocab_size(name) and end_of_document != END_OF_DOCUMENT:
+        _refuse_end(end_of_document, name)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> HFTokenizer:
@@ -216,8 +209,17 @@ def describe_tokenizer(tokenizer: Tokenizer) -> TokenizerEntry:
     return TokenizerEntry(**{name: getattr(tokenizer, name) for name in names})
 
 
+def _refuse_end(end_of_document: str | None, tokenizer: str):
+    if end_of_document is not None:
+        raise InputError(
+            f"--end_of_document={end_of_document} names a token of a tokenizer.json, "
+            f"but --tokenizer={tokenizer} has its own end of a document; leave it out."
+        )
+
+
 def _load_json(path: str, end_of_document: str | None) -> HFTokenizer:
     try:
+        check_regular(f"--tokenizer={path}", os.stat(path).st_mode)
         with open(path, "rb") as file:
             content = file.read()
     except OSError as error:
@@ -235,6 +237,7 @@ def _load_json(path: str, end_of_document: str | None) -> HFTokenizer:
         ) from error
     if not vocab:
         raise InputError(f"tokenizer {path} has an empty vocabulary; give another.")
+    _check_ids(path, vocab)
     if end_of_document is not None and end_of_document not in vocab:
         raise InputError(
             f"--end_of_document={end_of_document} is not a token of {path}; give one "
@@ -245,46 +248,22 @@ def _load_json(path: str, end_of_document: str | None) -> HFTokenizer:
     return dataclasses.replace(tokenizer, end_of_document=ends[0] if ends else None)
 
 
+def _check_ids(path: str, vocab: dict[str, int]):
+    largest = max(vocab, key=vocab.__getitem__)
+    if vocab[largest] >= MAX_ID:
+        raise InputError(
+            f"tokenizer {path} has the id {vocab[largest]} for {largest!r}; ids are "
+            f"signed numbers of 32 bits, below {MAX_ID}: correct the file."
+        )
+    names = {}
+    for name, token_id in vocab.items():
+        if (other := names.setdefault(token_id, name)) != name:
+            raise InputError(
+                f"tokenizer {path} has the id {token_id} for both {other!r} and "
+                f"{name!r}, and could not give the text back; correct the file."
+            )
+
+
 def _list_added_tokens(tokenizer: HFTokenizer) -> str:
     added = tokenizer.backend.get_added_tokens_decoder().values()
     return ", ".join(token.content for token in list(added)[:16]) or "it has none"
-
-
-def _flatten(step: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """Returns the steps of a decoder, or of a part of one, in order."""
-    if step is None:
-        return []
-    if step["type"] == "Sequence":
-        return [each for inner in step["decoders"] for each in _flatten(inner)]
-    return [step]
-
-
-def _streams_text(steps: list[dict[str, Any]]) -> bool:
-    """Returns whether these steps are known to keep the text of complete tokens.
-
-    They work on a list of texts, one a token, until one joins them. From there on only
-    what works on single characters, or on the beginning of the text, keeps it.
-    """
-    kinds = [step["type"] for step in steps]
-    if "BPEDecoder" in kinds:
-        return kinds[0] == "BPEDecoder" and set(kinds[1:]) <= {"Fuse"}
-    is_joined = False
-    for i, step in enumerate(steps):
-        kind = step["type"]
-        pattern = step.get("pattern", {}).get("String", "")
-        if is_joined:
-            is_known = (
-                kind == "Fuse"
-                or (kind == "Strip" and not step["stop"])
-                or (kind == "Replace" and len(pattern) == 1 and pattern != "\ufffd")
-            )
-        elif kind == "ByteFallback":  # its tokens must be as they are in the vocabulary
-            is_known = all(each.get("content") == " " for each in steps[:i])
-        elif kind == "CTC":
-            is_known = i == 0
-        else:
-            is_known = kind in _KNOWN_DECODERS
-        if not is_known:
-            return False
-        is_joined |= kind in ("Fuse", "ByteLevel")
-    return True

@@ -63,7 +63,70 @@ WRONG = {
         write("x.txt", b"abc\xff"),
         "--input=DIR/x.txt is not UTF-8 text: byte 3 is 0xff",
     ),
-    "compressed": (("--input=DIR/x.gz",), write("x.gz", b"1"), "is compressed"),
+    "not compressed": (
+        ("--input=DIR/x.gz",),
+        write("x.gz", b"1"),
+        "--input=DIR/x.gz cannot be read as gzip",
+    ),
+    "compressed otherwise": (
+        ("--input=DIR/x.lz4",),
+        write("x.lz4", b"1"),
+        "is compressed in a way that is not read",
+    ),
+    "compressed Parquet": (
+        ("--input=DIR/x.parquet.gz",),
+        write("x.parquet.gz", b"1"),
+        "is compressed in a way that is not read",
+    ),
+    "archive": (
+        ("--input=DIR/x.tar.gz",),
+        write("x.tar.gz", b"1"),
+        "--input=DIR/x.tar.gz is an archive",
+    ),
+    "not an array": (
+        ("--input=DIR/x.json",),
+        write("x.json", b'[{"text": "a"}, {"text": "b"} {"text": "c"}]'),
+        "--input=DIR/x.json is not a JSON array: , or ] expected, not {",
+    ),
+    "no rows": (
+        ("--input=DIR/x.json",),
+        write("x.json", b'{\n "name": "x"\n}'),
+        "x.json:1 is not a line of JSON",
+    ),
+    "twice": (("OK", "OK"), None, "ok.jsonl is given twice; give each file once"),
+    "twice by a link": (
+        ("OK", "--input=DIR/link.jsonl"),
+        lambda folder: (folder / "link.jsonl").symlink_to("ok.jsonl"),
+        "--input=DIR/link.jsonl is given twice, also as DIR/ok.jsonl",
+    ),
+    "broken link": (
+        ("--input=DIR/link*",),
+        lambda folder: (folder / "link").symlink_to("gone"),
+        "--input=DIR/link cannot be read: No such file",
+    ),
+    "no standard input": (
+        ("OK", "--stdin_format=jsonl"),
+        None,
+        "--stdin_format=jsonl is for --input=-, which is not given",
+    ),
+    "end of bytes": (
+        ("OK", "--end_of_document=</s>"),
+        None,
+        "--end_of_document=</s> names a token of a tokenizer.json, but",
+    ),
+    "end of a BPE": (
+        ("OK", "--tokenizer=bpe:257", "--end_of_document=</s>"),
+        None,
+        "but --tokenizer=bpe:257 has its own end",
+    ),
+    "too many files": (
+        ("OK", "--shard_tokens=1"),
+        lambda _: None,
+        "--shard_tokens=1 makes more than 100 files",
+    ),
+    "too many workers": (("OK", "--workers=100000"), None, "must be from 0, which is"),
+    "no share": (("OK", "--max_lost=2"), None, "--max_lost=2.0 must be from 0 to 1"),
+    "no number": (("OK", "--holdout=nan"), None, "--holdout=nan must be at least 0"),
     "not JSON": (
         ("--input=DIR/x.jsonl",),
         write("x.jsonl", b'{"text": "a"}\n\n{"text"\n'),
@@ -153,7 +216,10 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_input_is_one_message_and_changes_nothing(tmp_path, case, capsys):
+def test_wrong_input_is_one_message_and_changes_nothing(
+    tmp_path, case, capsys, monkeypatch
+):
+    monkeypatch.setattr("jaxllm.text.shards._MAX_SHARDS", 100)
     flags, prepare, message = WRONG[case]
     ok = write_jsonl(tmp_path / "ok.jsonl", LINES[:9])
     if prepare is not None:

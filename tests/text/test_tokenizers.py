@@ -2,6 +2,9 @@
 """Tokenizers give back every text, and training one is reproducible."""
 
 import hashlib
+import json
+import os
+import pathlib
 import pickle
 import subprocess
 import sys
@@ -10,11 +13,13 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
+from jaxllm import tokenize
 from jaxllm.errors import InputError
 from jaxllm.text.tokenizers import (
     BytesTokenizer,
+    HFTokenizer,
     load_tokenizer,
     train_bpe,
     trained_vocab_size,
@@ -115,6 +120,58 @@ def test_the_end_of_document_can_be_named(tmp_path):
     with pytest.raises(InputError, match=r"--end_of_document=<end> .* <stop>, </s>"):
         load_tokenizer(path, end_of_document="<end>")
     assert load_tokenizer(write_tokenizer(tmp_path / "x.json")).end_of_document is None
+
+
+def test_a_token_folder_keeps_its_end_of_document_or_takes_another(tmp_path):
+    path = write_tokenizer(tmp_path / "t.json", "<stop>", "</s>")
+    (tmp_path / "x.txt").write_text("a b")
+    flags = [f"--input={tmp_path}/x.txt", f"--tokenizer={path}", "--holdout=0"]
+    out = str(tmp_path / "out")
+    ends = ["--end_of_document=<stop>", f"--output={out}"]
+    assert tokenize.main(["tokenize", *flags, *ends]) == 0
+    assert load_tokenizer(out).end_of_document == 3
+    assert load_tokenizer(out, end_of_document="</s>").end_of_document == 4
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ('"b": 1', '"b": 0', "has the id 0 for both"),
+        ('"b": 1', f'"b": {2**32 - 1}', f"has the id {2**32 - 1} for 'b'"),
+        ('"b": 1', f'"b": {2**31 - 1}', "ids are signed numbers of 32 bits"),
+    ],
+)
+def test_ids_that_cannot_stand_for_a_token_each_are_refused(
+    tmp_path, old, new, message
+):
+    path = pathlib.Path(write_tokenizer(tmp_path / "t.json"))
+    text = json.dumps(json.loads(path.read_text()))
+    assert old in text
+    path.write_text(text.replace(old, new))
+    with pytest.raises(InputError, match=message):
+        load_tokenizer(str(path))
+
+
+def test_a_tokenizer_that_drops_merges_at_random_always_makes_the_same_tokens():
+    backend = tokenizers.Tokenizer(
+        models.BPE({"a": 0, "aa": 1}, [("a", "a")], dropout=0.9)
+    )
+    tokenizer = HFTokenizer(backend.to_str().encode(), None)
+    assert '"dropout": 0.9' in json.dumps(json.loads(tokenizer.json))
+    assert tokenizer.encode("a" * 40) == [1] * 20
+
+
+def test_no_tokens_are_no_text_for_every_decoder():
+    backend = tokenizers.Tokenizer(models.WordLevel({"a": 0, "?": 1}, "?"))
+    backend.decoder = decoders.BPEDecoder()
+    tokenizer = HFTokenizer(backend.to_str().encode(), None)
+    assert tokenizer.decode([]) == tokenizer.decode([7]) == ""
+
+
+def test_a_pipe_is_refused_as_a_tokenizer(tmp_path):
+    os.mkfifo(tmp_path / "t.json")
+    with pytest.raises(InputError, match=r"--tokenizer=.*t\.json is a pipe"):
+        load_tokenizer(str(tmp_path / "t.json"))
 
 
 @pytest.mark.parametrize(
