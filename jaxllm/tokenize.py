@@ -35,6 +35,60 @@ from jaxllm.errors import (
 )
 from jaxllm.text.token_folder import TokenSettings, make_token_folder
 
+_FLAGS: tuple[tuple[Any, ...], ...] = (
+    (
+        *(flags.DEFINE_multi_string, "input", []),
+        "text: file, folder, glob or -; may be repeated",
+    ),
+    (flags.DEFINE_string, "output", None, "token folder to write"),
+    (
+        *(flags.DEFINE_string, "tokenizer", "bytes"),
+        "bytes, a tokenizer.json, or bpe:SIZE to train one",
+    ),
+    (
+        *(flags.DEFINE_string, "text_field", "text"),
+        "field of .jsonl and .json, or column of .parquet, to read",
+    ),
+    (
+        *(flags.DEFINE_enum, "stdin_format", "text", ["text", "jsonl"]),
+        "format of standard input, --input=-",
+    ),
+    (
+        *(flags.DEFINE_bool, "skip_invalid_rows", False),
+        "leave out and count rows without text: null, no such field, no JSON",
+    ),
+    (
+        *(flags.DEFINE_float, "max_lost", 0.0),
+        "largest share of characters that a tokenizer without unknown token may drop",
+    ),
+    (
+        *(flags.DEFINE_bool, "append_end_of_document", True),
+        "append an end-of-document token to each document",
+    ),
+    (
+        *(flags.DEFINE_string, "end_of_document", None),
+        "name of that token, if tokenizer.json has an unusual one",
+    ),
+    (
+        *(flags.DEFINE_float, "holdout", 0.01),
+        "fraction of the text held out for evaluation",
+    ),
+    (
+        *(flags.DEFINE_enum, "holdout_by", "document", ["document", "tail"]),
+        "documents by hash, or the tail",
+    ),
+    (
+        *(flags.DEFINE_integer, "shard_tokens", 100_000_000),
+        "number of tokens per shard file",
+    ),
+    (flags.DEFINE_integer, "workers", 0, "number of processes; 0: one per core"),
+    (
+        *(flags.DEFINE_bool, "overwrite", False),
+        "replace a token folder made with other settings",
+    ),
+    (flags.DEFINE_bool, "help", False, "show this text"),
+)
+
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command line and returns the exit status."""
@@ -86,85 +140,8 @@ def _run(argv: Sequence[str]) -> int:
 def _define_flags() -> flags.FlagValues:
     # Not the global flags: main() can be called again, and beside other programs.
     values = flags.FlagValues()
-    flags.DEFINE_multi_string(
-        "input",
-        [],
-        "text: file, folder, glob or -; may be repeated",
-        flag_values=values,
-    )
-    flags.DEFINE_string("output", None, "token folder to write", flag_values=values)
-    flags.DEFINE_string(
-        "tokenizer",
-        "bytes",
-        "bytes, a tokenizer.json, or bpe:SIZE to train one",
-        flag_values=values,
-    )
-    flags.DEFINE_string(
-        "text_field",
-        "text",
-        "field of .jsonl and .json, or column of .parquet, to read",
-        flag_values=values,
-    )
-    flags.DEFINE_enum(
-        "stdin_format",
-        "text",
-        ["text", "jsonl"],
-        "format of standard input, --input=-",
-        flag_values=values,
-    )
-    flags.DEFINE_bool(
-        "skip_invalid_rows",
-        False,
-        "leave out and count rows without text: null, no such field, no JSON",
-        flag_values=values,
-    )
-    flags.DEFINE_float(
-        "max_lost",
-        0.0,
-        "largest share of characters that a tokenizer without unknown token may drop",
-        flag_values=values,
-    )
-    flags.DEFINE_bool(
-        "append_end_of_document",
-        True,
-        "append an end-of-document token to each document",
-        flag_values=values,
-    )
-    flags.DEFINE_string(
-        "end_of_document",
-        None,
-        "name of that token, if tokenizer.json has an unusual one",
-        flag_values=values,
-    )
-    flags.DEFINE_float(
-        "holdout",
-        0.01,
-        "fraction of the text held out for evaluation",
-        flag_values=values,
-    )
-    flags.DEFINE_enum(
-        "holdout_by",
-        "document",
-        ["document", "tail"],
-        "documents by hash, or the tail",
-        flag_values=values,
-    )
-    flags.DEFINE_integer(
-        "shard_tokens",
-        100_000_000,
-        "number of tokens per shard file",
-        flag_values=values,
-    )
-    flags.DEFINE_integer(
-        "workers", 0, "number of processes; 0: one per core", flag_values=values
-    )
-    flags.DEFINE_bool(
-        "overwrite",
-        False,
-        "replace a token folder made with other settings",
-        flag_values=values,
-    )
-    flags.DEFINE_bool("help", False, "show this text", flag_values=values)
+    for define, name, *arguments in _FLAGS:
+        define(name, *arguments, flag_values=values)
     return values
 
 

@@ -55,11 +55,13 @@ class Cutter:
             found = collections.deque(border.finditer(window), maxlen=_TRIES)
             for at in (match.end() for match in reversed(found)):
                 left, right = window[max(at - _CONTEXT, 0) : at], window[at:]
-                if _is_cut(
-                    self.continuation, self.continuation, left, right[:_CONTEXT]
-                ):
+                if self._is_cut(left, right[:_CONTEXT]):
                     return begin + len(window[:at].encode())
         return None
+
+    def _is_cut(self, left: str, right: str) -> bool:
+        whole, *parts = self.continuation.encode_batch([left + right, left, right])
+        return whole == parts[0] + parts[1]
 
 
 @functools.lru_cache(maxsize=8)
@@ -88,17 +90,18 @@ def cut_anywhere(text: bytearray, start: int) -> int | None:
 def _is_safe(
     border: re.Pattern[str], first: Tokenizer, rest: Tokenizer, texts: list[str]
 ) -> bool:
-    return all(
-        _is_cut(beginning, rest, text[: match.end()], text[match.end() :])
+    halves = [
+        (text[: match.end()], text[match.end() :])
         for text in texts
         for match in border.finditer(text)
-        for beginning in dict.fromkeys((first, rest))
-    )
-
-
-def _is_cut(first: Tokenizer, rest: Tokenizer, left: str, right: str) -> bool:
-    whole, begin = first.encode_batch([left + right, left])
-    return whole == begin + rest.encode(right)
+    ]
+    right = rest.encode_batch([after for _, after in halves])
+    for beginning in dict.fromkeys((first, rest)):
+        left = beginning.encode_batch([before for before, _ in halves])
+        whole = beginning.encode_batch([before + after for before, after in halves])
+        if whole != [mine + its for mine, its in zip(left, right, strict=True)]:
+            return False
+    return True
 
 
 def _probes(tokenizer: HFTokenizer) -> Iterator[str]:

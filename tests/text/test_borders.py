@@ -18,7 +18,10 @@ from jaxllm.text.tokenizers import BytesTokenizer, HFTokenizer
 
 LINES = [
     f"def f{i}(a, b):  # it's line {i}, na\u00efve \u6c34\u304c\u6d41\u308c\u308b\u3002"
-    f"\n    return '{i * 7919}' + \"x y\"\n\n" + "word " * (i % 5) + "\u6c34\r\n"
+    f"\n    return '{i * 7919}' + \"x y\"\n\n"
+    + "word " * (i % 5)
+    + "\u6c34"
+    + ("\n", "\r\n")[i % 2]
     for i in range(40)
 ]
 # Of GPT-4 and, with small differences, of Llama 3 and Qwen.
