@@ -91,6 +91,19 @@ def test_an_output_made_otherwise_is_replaced_only_on_demand(
     assert "already done" not in capsys.readouterr().out
 
 
+def test_an_output_made_before_a_setting_existed_is_still_done(text, out, capsys):
+    flags = [f"--input={text}", f"--output={out}"]
+    assert run(*flags) == 0
+    path = pathlib.Path(out) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["settings"]["skip_invalid_rows"]
+    path.write_text(json.dumps(manifest))
+    assert run(*flags) == 0
+    assert "already done" in capsys.readouterr().out
+    assert run(*flags, "--skip_invalid_rows") == 2
+    assert "made with --skip_invalid_rows=False, not True" in capsys.readouterr().err
+
+
 KILL_POINTS = ((os, "replace"), (os, "unlink"), (os, "rmdir"), (shutil, "rmtree"))
 
 
@@ -266,7 +279,7 @@ def test_help_names_every_flag(capsys):
     assert "python:stdlib" in text
     names = [field.name for field in dataclasses.fields(TokenSettings)]
     flags = {name for name in names if not name.endswith("_sha256")}
-    flags |= {"output", "workers", "overwrite"}
+    flags |= {"output", "workers", "overwrite", "max_lost"}
     assert all(f"  --{name} " in text for name in flags)
 
 
