@@ -6,8 +6,8 @@
 #   tokens, at least where decode has no U+FFFD.
 # Seen: a stream has no end: it gives nothing for tokens that end in U+FFFD, a character
 #   of its own or an incomplete one, and there is no call to ask for the rest. With the
-#   decoder of Llama 2 and Gemma, a run of byte tokens is decoded as a whole: three bytes
-#   are streamed as a character, and with a fourth, decode has four U+FFFD in its place.
+#   decoder of Llama 2 and Gemma, a run of byte tokens is decoded as a whole: three
+#   bytes are streamed as a character; with a fourth, decode has four U+FFFD.
 # For training: samples that are logged as a stream differ from those that are decoded,
 #   at the end or where characters come as bytes. Hold back runs of byte tokens, and
 #   decode the rest at the end.

@@ -197,10 +197,10 @@ def test_a_large_document_that_stays_whole_is_said(capsys, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", ["gpt4", "metaspace", "llama", "quotes"])
 def test_documents_of_some_mebibytes_have_the_tokens_of_the_whole(name):
     tokenizer = trained(name)
     text = "".join(LINES) * 600
     pieces = cut(text, tokenizer, documents.PIECE_BYTES)
-    assert (len(pieces) > 2) == (name not in KEPT_WHOLE)
+    assert (len(pieces) == 3) == (name not in KEPT_WHOLE)
     assert encode(pieces, tokenizer) == tokenizer.encode(text)
