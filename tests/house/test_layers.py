@@ -14,7 +14,7 @@ PACKAGES = ("sharding", "pallas_kernels", "jaxllm")
 # Imported only where a config or a file asks for them: extras of pyproject.toml, and
 # libraries that the kernels are timed beside where they happen to be installed.
 EXTRAS = {
-    "pyarrow": "jaxllm.text.documents",
+    "pyarrow": "jaxllm.text.streams",
     "wandb": "jaxllm.records.metrics",
     **dict.fromkeys(("torch", "tokamax", "liger_kernel"), "pallas_kernels.bench.peers"),
 }
