@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How parameters start, and the operations that read them."""
 
+import zlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 
 import sharding
 from jaxllm.config import presets
-from jaxllm.models import Model
+from jaxllm.models import Model, parameters
 from jaxllm.models.parameters import (
     embed,
     matrix,
@@ -69,8 +71,10 @@ def test_a_matrix_looks_like_a_bell_curve():
     assert np.mean(np.abs(z) < 1) == pytest.approx(0.6778, abs=0.01)
 
 
+@pytest.mark.parametrize("counts", [2**32, 2**7, 2**4])
 @pytest.mark.parametrize("sizes", MESH_SIZES)
-def test_a_matrix_has_the_same_bits_however_it_is_cut(sizes):
+def test_a_matrix_has_the_same_bits_however_it_is_cut(sizes, counts, monkeypatch):
+    monkeypatch.setattr(parameters, "_COUNTS", counts)
     mesh = sharding.make_mesh(sizes, jax.devices()[: 8 if sizes else 1])
     place = sharding.named_sharding("DNH", sharding.STORAGE, mesh)
 
@@ -83,6 +87,36 @@ def test_a_matrix_has_the_same_bits_however_it_is_cut(sizes):
         got = cut(jax.random.key(7))
     assert got.sharding.is_equivalent_to(place, got.ndim)
     np.testing.assert_array_equal(got, plain)
+
+
+def test_a_seed_means_the_same_parameters_as_ever():
+    w = np.asarray(matrix(jax.random.key(7), (16, 4, 6), "DNH", 1.0)[...])
+    assert zlib.crc32(w.tobytes()) == 2330383897
+
+
+def test_no_element_returns_in_a_parameter_that_a_counter_cannot_number(monkeypatch):
+    shape, letters = (8, 16, 32), "EDF"
+
+    def draw(counts):
+        monkeypatch.setattr(parameters, "_COUNTS", counts)
+        return np.asarray(matrix(jax.random.key(0), shape, letters, 1.0)[...])
+
+    # The counter wrapped: experts were the same, bit for bit.
+    for counts in (2**11, 2**9, 2**8, 2**5, 2**3):
+        w = draw(counts)
+        assert w.std() == pytest.approx(1, rel=0.05)
+        rows = w.reshape(-1, 8)
+        assert len(np.unique(rows, axis=0)) == len(rows), counts
+    np.testing.assert_array_equal(draw(2**12), draw(2**32))
+
+
+def test_each_of_256_large_experts_has_a_key_of_its_own():
+    def traced(shape):
+        draw = jax.make_jaxpr(lambda key: matrix(key, shape, "EDF", 1.0)[...])
+        return str(draw(jax.random.key(0)))
+
+    assert "random_fold_in" not in traced((128, 4096, 8192))  # 2**32 elements
+    assert "256] = random_fold_in" in traced((256, 4096, 8192))
 
 
 def whole(shape, seed: int) -> np.ndarray:
