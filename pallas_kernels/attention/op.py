@@ -47,7 +47,8 @@ def attention(
         Needs T == S, and no positions_BT.
       positions_BT: int32 place of each query among the keys, for decoding. None: query
         t is key t, which needs T == S where causal or window ask for places.
-      window: keys further than window - 1 from a query are out of sight; 0 is off.
+      window: keys further than window - 1 from a query are out of sight; 0 is off,
+        and so is a window of more than all keys.
       softcap: c * tanh(logits / c); None is off.
       scale: multiplies the logits; None is H**-0.5.
       sinks_N: logit, for each head, of one more key, which has no value.
@@ -74,6 +75,7 @@ def attention(
         softcap=softcap,
         scale=scale,
     )
+    num_keys = k_BSKH.shape[1]
     scale = float(q_BTNH.shape[-1] ** -0.5 if scale is None else scale)
     chosen, _ = choose_attention(
         q_BTNH,
@@ -94,7 +96,7 @@ def attention(
             k_BSKH,
             v_BSKH,
             is_causal=causal,
-            local_window_size=(window - 1, 0) if window else None,
+            local_window_size=(min(window, num_keys) - 1, 0) if window else None,
             scale=scale,
             implementation="cudnn",
         )
@@ -123,7 +125,7 @@ def attention(
     )
     start_BT, end_BT = key_ranges(
         q_BTNH.shape,
-        k_BSKH.shape[1],
+        num_keys,
         causal=causal,
         segments_BT=segments_BT,
         positions_BT=positions_BT,

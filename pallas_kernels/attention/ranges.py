@@ -54,6 +54,7 @@ def key_ranges(
     if causal:
         end_BT = jnp.minimum(end_BT, place_BT + 1)
     if window:
+        window = min(window, FAR)
         start_BT = jnp.maximum(start_BT, place_BT - (window - 1))
         end_BT = jnp.minimum(end_BT, place_BT + window)
     if segments_BT is not None:

@@ -6,6 +6,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.attention.ranges import FAR
+
 
 def attention_reference(
     q_BTNH: jax.Array,
@@ -146,7 +148,7 @@ def visible_keys(
     if causal:
         mask_BTS &= key_11S <= query_BT1
     if window:
-        mask_BTS &= jnp.abs(key_11S - query_BT1) < window
+        mask_BTS &= jnp.abs(key_11S - query_BT1) < min(window, FAR)
     if segments_BT is not None:
         # A document is a run of equal ids: an id that returns is another document.
         changes_BT = segments_BT[:, 1:] != segments_BT[:, :-1]

@@ -3,6 +3,7 @@
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -40,6 +41,16 @@ def test_ranges_are_the_mask_of_the_specification(drawn):
     assert np.all(np.asarray(start_BT) <= np.asarray(end_BT))
     got = ranges.visible_in_ranges(start_BT, end_BT, mask_BTS.shape[2])
     np.testing.assert_array_equal(got, mask_BTS)
+
+
+@pytest.mark.parametrize("window", [24, 2**30, 2**31 - 1, 2**31, 2**63])
+def test_a_window_of_all_keys_or_more_is_none(window):
+    options = dict(causal=True, segments_BT=None, positions_BT=None)
+    found = ranges.key_ranges((1, 24, 1, 1), 24, window=window, **options)
+    expected = ranges.key_ranges((1, 24, 1, 1), 24, window=0, **options)
+    np.testing.assert_array_equal(found, expected)
+    found = visible_keys(24, 24, window=window, **options)
+    np.testing.assert_array_equal(found, visible_keys(24, 24, **options))
 
 
 @given(masks(), st.sampled_from([4, 8]))
