@@ -16,7 +16,7 @@ from jaxllm.models.mlp import MLP
 from jaxllm.models.moe.layer import MoE
 from jaxllm.models.moe.routing import Stats
 from jaxllm.models.norms import Norm
-from jaxllm.models.parameters import embed, matrix, project, stack
+from jaxllm.models.parameters import embed, matrix, stack
 from jaxllm.models.pipeline import run_stages
 from jaxllm.models.pipeline_schedule import Schedule
 
@@ -189,9 +189,12 @@ class Transformer(nnx.Module):
         return self.output[...], "DV"
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
-        """Returns float32 logits_BTV, for sampling; training never makes them all."""
+        """Returns logits_BTV, float32 sums, for sampling; training never makes all."""
         w, letters = self.output_weights()
-        logits_BTV = project(f"BTD,{letters}->BTV", x_BTD, w).astype(jnp.float32)
+        used = sharding.gather(w, letters, x_BTD.dtype)
+        logits_BTV = sharding.einsum(
+            f"BTD,{letters}->BTV", x_BTD, used, dtype=jnp.float32
+        )
         if (cap := self.config.logit_softcap) is not None:
             logits_BTV = cap * jnp.tanh(logits_BTV / cap)
         return logits_BTV

@@ -276,6 +276,21 @@ def test_the_first_loss_is_near_that_of_a_uniform_guess():
     assert nll == pytest.approx(math.log(512) + 64 * 0.02**2 / 2, abs=0.01)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_logits_of_a_bfloat16_model_are_not_rounded_to_bfloat16(tied):
+    config = dataclasses.replace(BASE, dtype="bfloat16", tie_embeddings=tied)
+    model = Model(config)
+    params = jax.jit(model.init)(jax.random.key(0))
+    x_BTD = jax.random.normal(jax.random.key(1), (B, T, config.d_model), jnp.bfloat16)
+    logits = jax.jit(lambda p, x: model.bind(p).logits(x))(params, x_BTD)
+    w = params["embedding"].T if tied else params["output"]
+    x, w = np.asarray(x_BTD, np.float64), np.asarray(w.astype(jnp.bfloat16), np.float64)
+    exact, sizes = x @ w, np.abs(x) @ np.abs(w)
+    assert logits.dtype == jnp.float32
+    # Products of bfloat16 numbers are exact in float32; their sums are of d_model.
+    assert np.all(np.abs(logits - exact) <= config.d_model * EPS * sizes)
+
+
 def test_a_bfloat16_model_has_float32_parameters_and_gradients():
     value, gradients = gradients_of(dtype="bfloat16")
     found = {str(leaf.dtype) for leaf in jax.tree.leaves((value, gradients))}
