@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jaxllm.config import MoEConfig
 from jaxllm.models.moe.routing import route
@@ -46,6 +48,47 @@ def test_a_token_has_its_best_experts_and_their_scores(router, renormalize):
     if renormalize:
         share /= share.sum(-1, keepdims=True)
     np.testing.assert_allclose(routes.share_BTA, share, rtol=8 * EPS)
+
+
+@functools.partial(jax.jit, static_argnums=(2,))
+def slopes(logits, bias, options):
+    """Returns shares and penalty of a token, and the gradient of their sum."""
+
+    def total(logits):
+        routes, stats = route(logits, bias, jnp.ones((1, 1), bool), options, None)
+        weights = jnp.arange(1, 3, dtype=jnp.float32)
+        total = (routes.share_BTA[0, 0] * weights).sum() + stats["penalty"]
+        return total, (routes, stats)
+
+    return jax.grad(total, has_aux=True)(logits)
+
+
+@pytest.mark.parametrize("balance", ["loss", "bias"])
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("router", ["softmax", "sigmoid"])
+@given(
+    logits=st.lists(st.floats(-1e4, 1e4, width=32), min_size=E, max_size=E),
+    bias=st.lists(st.floats(-2, 2, width=32), min_size=E, max_size=E),
+)
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_finite_logits_give_finite_numbers(router, renormalize, balance, logits, bias):
+    options = config(router=router, renormalize=renormalize, balance=balance)
+    x = np.array(logits, np.float32)
+    bias = jnp.array(bias) if balance == "bias" else None
+    slope, (routes, stats) = slopes(jnp.asarray(x)[None, None], bias, options)
+    for each in (slope, routes.share_BTA, *stats.values()):
+        assert np.isfinite(each).all()
+    wide = np.float64(x)
+    log = wide if router == "softmax" else -np.logaddexp(0, -wide)
+    if renormalize:
+        chosen = log[np.asarray(routes.choice_BTA)[0, 0]]
+        share = np.exp(chosen - np.logaddexp.reduce(chosen))
+        # A difference of logarithms has an error of both, which exp makes relative.
+        rtol = 8 * EPS * (1 + np.abs(chosen).max())
+        np.testing.assert_allclose(routes.share_BTA[0, 0], share, rtol=rtol, atol=1e-37)
+    if bias is None:
+        best = np.sort(x[routes.choice_BTA[0, 0]])
+        np.testing.assert_array_equal(best, np.sort(x)[-2:])
 
 
 def test_of_equal_scores_the_first_experts_are_chosen():

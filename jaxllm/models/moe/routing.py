@@ -50,14 +50,18 @@ def route(
       one, are 1 where all loads are equal; `router_entropy` is from 0 to 1;
       `router_dropped`, with a capacity, is a share of all pairs of token and expert.
     """
-    scores_BTR = (
-        jax.nn.softmax(logits_BTR)
-        if config.router == "softmax"
-        else jax.nn.sigmoid(logits_BTR)
-    )
-    choice_BTA, share_BTA = _choose(scores_BTR, bias_R, config)
+    is_softmax = config.router == "softmax"
+    # Of scores that are 0 in float32 the logarithms are not: whatever divides scores by
+    # their sum takes a softmax of these instead.
+    log_BTR = logits_BTR if is_softmax else jax.nn.log_sigmoid(logits_BTR)
+    part_BTR = jax.nn.softmax(log_BTR)
+    scores_BTR = part_BTR if is_softmax else jax.nn.sigmoid(logits_BTR)
+    rank_BTR = logits_BTR if bias_R is None else scores_BTR + bias_R[None, None]
+    choice_BTA = _choose(rank_BTR, config.experts_per_token)
     if config.renormalize:
-        share_BTA = share_BTA / share_BTA.sum(-1, keepdims=True)
+        share_BTA = jax.nn.softmax(_read(log_BTR, choice_BTA))
+    else:
+        share_BTA = _read(scores_BTR, choice_BTA)
     is_token_BT1 = is_token_BT[:, :, None]
     choice_BTA = jnp.where(is_token_BT1, choice_BTA, config.num_experts)
     share_BTA = jnp.where(is_token_BT1, share_BTA, 0.0)
@@ -66,23 +70,24 @@ def route(
         # Of this replica's tokens if `along` parts them: gradients are added up later.
         count_R = count_BR.sum(0)
         share_BTA = _pass_error_to(bias_R, count_R - count_R.mean(), share_BTA)
-    stats = _statistics(logits_BTR, scores_BTR, count_BR, is_token_BT, config, capacity)
+    stats = _statistics(logits_BTR, part_BTR, count_BR, is_token_BT, config, capacity)
     return Routes(choice_BTA, share_BTA), stats
 
 
-def _choose(scores_BTR, bias_R, config):
+def _choose(rank_BTR, num_choices):
     def pick(rank_BTR):
-        return jax.lax.top_k(rank_BTR, config.experts_per_token)[1]
+        return jax.lax.top_k(rank_BTR, num_choices)[1]
 
-    def read(scores_BTR, choice_BTA):
-        return jnp.take_along_axis(scores_BTR, choice_BTA, -1)
-
-    rank_BTR = scores_BTR if bias_R is None else scores_BTR + bias_R[None, None]
     # Each device its own tokens: XLA would sort those of all of them.
     pick = sharding.local(pick, ("BTR",), "BTA")
-    choice_BTA = pick(jax.lax.stop_gradient(rank_BTR))
-    read = sharding.local(read, ("BTR", "BTA"), "BTA")
-    return choice_BTA, read(scores_BTR, choice_BTA)
+    return pick(jax.lax.stop_gradient(rank_BTR))
+
+
+def _read(values_BTR, choice_BTA):
+    def read(values_BTR, choice_BTA):
+        return jnp.take_along_axis(values_BTR, choice_BTA, -1)
+
+    return sharding.local(read, ("BTR", "BTA"), "BTA")(values_BTR, choice_BTA)
 
 
 def _count(choice_BTA, num_experts):
@@ -98,7 +103,7 @@ def _count(choice_BTA, num_experts):
     return sharding.local(count, ("BTA",), "BR")(choice_BTA).astype(jnp.float32)
 
 
-def _statistics(logits_BTR, scores_BTR, count_BR, is_token_BT, config, capacity):
+def _statistics(logits_BTR, part_BTR, count_BR, is_token_BT, config, capacity):
     def total(x):
         return sharding.add_along("B", x)
 
@@ -108,7 +113,6 @@ def _statistics(logits_BTR, scores_BTR, count_BR, is_token_BT, config, capacity)
         is_token = is_token_BT.reshape(is_token_BT.shape + (1,) * (x.ndim - 2))
         return total(jnp.where(is_token, x, 0.0).sum((0, 1))) / num_tokens
 
-    part_BTR = scores_BTR / scores_BTR.sum(-1, keepdims=True)
     num_pairs = num_tokens * config.experts_per_token
     load_R = total(count_BR.sum(0)) * (config.num_experts / num_pairs)
     # Fedus et al., "Switch Transformers" (arXiv:2101.03961), equation 4, for any number
