@@ -49,7 +49,8 @@ class Plan:
         """Returns the sharding of each leaf of a tree that mirrors the parameters.
 
         A leaf whose path ends in a parameter's path and has its shape lies as that
-        parameter does: gradients and an optimizer's moments. Others are replicated.
+        parameter does: gradients and an optimizer's moments. So does one that has been
+        averaged over some dims, which have size 1 then. Others are replicated.
         """
         known = {row.path: row for row in self.rows}
 
@@ -57,8 +58,9 @@ class Plan:
             keys = _names(path)
             for start in range(len(keys)):
                 row = known.get("/".join(keys[start:]))
-                if row is not None and row.shape == leaf.shape:
-                    return jax.NamedSharding(self.mesh, row.spec)
+                if row is not None and _is_average(leaf.shape, row.shape):
+                    spec = _spec_of_average(leaf.shape, row)
+                    return jax.NamedSharding(self.mesh, spec)
             return jax.NamedSharding(self.mesh, jax.P())
 
         return jax.tree.map_with_path(place, tree)
@@ -131,6 +133,20 @@ def plan(
         text = "\n".join(f"  - {problem}" for problem in problems)
         raise ShardingError(f"the mesh and the model do not fit together:\n{text}")
     return Plan(mesh, tuple(rows))
+
+
+def _is_average(shape: tuple[int, ...], of: tuple[int, ...]) -> bool:
+    return len(shape) == len(of) and all(
+        size in (1, full) for size, full in zip(shape, of, strict=True)
+    )
+
+
+def _spec_of_average(shape: tuple[int, ...], row: Row) -> jax.P:
+    entries = [
+        entry if size == full else None
+        for entry, size, full in zip(row.spec, shape, row.shape, strict=False)
+    ]
+    return jax.P(*entries)
 
 
 def _row(path, leaf, letters, mesh, table, overrides, problems) -> Row:

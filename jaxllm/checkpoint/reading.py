@@ -112,8 +112,8 @@ def _check_fit(folder: Path, abstract: Any, *, within: str = "") -> None:
         shown = "\n  ".join(faults[:8] + ["..."] * (len(faults) > 8))
         raise InputError(
             f"{folder} does not fit the model or optimizer of this config, in "
-            f"{len(faults)} arrays:\n  {shown}\nUse the config that the run was "
-            "started with, or give another --workdir."
+            f"{len(faults)} arrays:\n  {shown}\nUse the config, and the version of "
+            "jaxllm, that the run was started with, or give another --workdir."
         )
 
 

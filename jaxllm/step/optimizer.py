@@ -15,6 +15,7 @@ import optax
 
 from jaxllm.config import OptimizerConfig
 from jaxllm.errors import InputError
+from jaxllm.step.adafactor import scale_by_adafactor
 from jaxllm.step.muon import has_muon, is_matrix, orthogonalize
 
 Axes = Any  # tree like the parameters, with their letters as leaves
@@ -119,12 +120,11 @@ def _scaling(config: OptimizerConfig, axes: Axes) -> optax.GradientTransformatio
         case "muon":
             return _scale_by_muon(config, axes)
         case "adafactor":
-            # Without the usual factor of the parameter's own size: lr means the same
-            # as for AdamW. eps is added to the root, Adafactor's to the square.
-            return optax.chain(
-                optax.scale_by_factored_rms(epsilon=eps**2),
-                optax.clip_by_block_rms(1.0),
+            # The tree that partition passes on has no biases of routers.
+            taken = jax.tree.map(
+                lambda x: optax.MaskedNode() if is_load_bias(x) else x, axes
             )
+            return scale_by_adafactor(taken, eps)
         case "lion":
             return optax.scale_by_lion(b1, b2)
         case "sgd":

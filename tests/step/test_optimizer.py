@@ -182,6 +182,68 @@ def test_muon_makes_each_layers_matrix_orthogonal_from_its_inputs_to_its_outputs
         assert values.max() < 1.3, name
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_layer_moves_alone_as_it_does_in_a_stack(name):
+    changes = dict(name=name, schedule="constant", clip_norm=None)
+    spike = tree(1, 1e-3)
+    for leaf in jax.tree.leaves(spike["blocks"]):
+        leaf[1:] *= 1000
+
+    def two_updates(axes, grads):
+        optimizer = make_optimizer(config(**changes), 10, axes)
+        params = jax.tree.map(jnp.zeros_like, grads)
+        step = jax.jit(update(optimizer))
+        _, state = step(grads, optimizer.init(params), params)
+        return step(grads, state, params)[0]["blocks"]
+
+    def layer(tree):
+        return {**tree, "blocks": jax.tree.map(lambda x: x[0], tree["blocks"])}
+
+    alone = {**AXES, "blocks": jax.tree.map(lambda x: x[1:], AXES["blocks"])}
+    stacked = jax.tree.map(lambda x: x[0], two_updates(AXES, spike))
+    for path, value in by_path(two_updates(alone, layer(spike))).items():
+        got = by_path(stacked)[path]
+        np.testing.assert_allclose(got, value, atol=1e-5 * rms(value), err_msg=path)
+
+
+@pytest.mark.parametrize("shape", [(128, 256), (256, 128)])
+def test_adafactor_is_optax_s_for_a_matrix_with_two_dims(shape):
+    changes = dict(name="adafactor", lr=1.0, schedule="constant", clip_norm=None)
+    ours = make_optimizer(config(**changes), 10, {"w": "DF"})
+    theirs = optax.chain(
+        optax.scale_by_factored_rms(epsilon=1e-16), optax.clip_by_block_rms(1.0)
+    )
+    params: Any = {"w": jnp.zeros(shape)}
+    states: Any = [each.init(params) for each in (ours, theirs)]
+    for seed in range(4):
+        grads = {"w": 10.0**-seed * jax.random.normal(jax.random.key(seed), shape)}
+        found, states[0] = update(ours)(grads, states[0], params)
+        expected, states[1] = update(theirs)(grads, states[1], params)
+        np.testing.assert_allclose(found["w"], -expected["w"], rtol=1e-5)
+
+
+def test_adafactor_keeps_a_row_and_a_column_of_each_layers_matrix():
+    sizes = dict(L=4, E=8, D=512, N=8, H=64, F=1024)
+    axes = {"query": "LDNH", "out": "LNHD", "up": "LEDF", "scale": "LD"}
+    params = {
+        name: jax.ShapeDtypeStruct([sizes[x] for x in letters], jnp.float32)
+        for name, letters in axes.items()
+    }
+    optimizer = make_optimizer(config(name="adafactor"), 10, axes)
+    state = jax.eval_shape(optimizer.init, params)
+    numbers = {name: 0 for name in axes}
+    for path, leaf in by_path(state).items():
+        name = path.rpartition("/")[2]
+        if name in numbers:
+            numbers[name] += leaf.size
+    assert numbers == {
+        "query": 4 * (512 + 8 * 64),
+        "out": 4 * (8 * 64 + 512),
+        "up": 4 * 8 * (512 + 1024),
+        "scale": 4 * (512 + 1),
+    }
+
+
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_clipping_bounds_the_global_norm_before_the_scaling(name):
     clipped = make_optimizer(config(name=name, clip_norm=1.0), 10, AXES)
