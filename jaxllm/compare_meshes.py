@@ -10,6 +10,7 @@ Exit status: 0 all agree with one device; 1 one does not; 2 wrong input, also a 
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import jax
@@ -164,7 +165,7 @@ def prepare_on(config: Config, sizes: Sizes) -> Setup:
     Raises:
       InputError, sharding.ShardingError: it does not fit that mesh.
     """
-    used = int(np.prod(list(sizes.values()), dtype=np.int64))
+    used = math.prod(sizes.values())
     devices = jax.devices()
     if used > len(devices):
         raise InputError(
@@ -210,7 +211,10 @@ def parse_meshes(text: str) -> list[dict[str, int]]:
     """
     try:
         return [
-            {axis: int(size) for axis, size in (p.split("=") for p in mesh.split(","))}
+            {
+                axis: _size(size)
+                for axis, size in (p.split("=") for p in mesh.split(","))
+            }
             for mesh in text.split()
         ]
     except ValueError as error:
@@ -218,6 +222,12 @@ def parse_meshes(text: str) -> list[dict[str, int]]:
             f"--meshes={text!r} must be meshes between spaces, each of axis=size "
             'between commas, such as "data=8 fsdp=4,tensor=2".'
         ) from error
+
+
+def _size(text: str) -> int:
+    if not 0 < (size := int(text)) < 2**31:
+        raise ValueError(text)
+    return size
 
 
 def _name(sizes: Sizes) -> str:
@@ -229,7 +239,13 @@ def main(argv: list[str]) -> int:
     values = absl_flags.FLAGS
     config = flags.config_from_flags()
     strict = TOLERANCES[config.model.dtype]
-    tolerance = values.tolerance or tolerance_of(config.model)
+    tolerance = values.tolerance
+    if tolerance is None:
+        tolerance = tolerance_of(config.model)
+    if not 0 <= tolerance < math.inf:
+        raise InputError(
+            f"--tolerance={tolerance} must be a number from 0 on; 0 is the same bits."
+        )
     meshes = (
         parse_meshes(values.meshes)
         if values.meshes

@@ -132,7 +132,10 @@ def convert(value: Any, kind: Any) -> Any:
         return tuple(convert(part, choices[0]) for part in value)
     number = {int: numbers.Integral, float: numbers.Real}.get(kind)
     if number and isinstance(value, number) and not isinstance(value, bool):
-        return kind(value)
+        try:
+            return kind(value)
+        except OverflowError:  # an integer that no float holds
+            return math.inf
     return value
 
 
@@ -152,11 +155,20 @@ def type_problems(value: Any, kind: Any, name: str) -> list[str]:
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
         rule = "one of " + ", ".join(choices)
-        close = difflib.get_close_matches(str(value).lower(), choices, n=1)
+        close = difflib.get_close_matches(
+            _shown(value).strip("'").lower(), choices, n=1
+        )
         end = f"; did you mean {close[0]}?" if close else "."
     elif typing.get_origin(kind) is tuple and not isinstance(value, tuple):
-        end = f", such as ({value!r},)."
-    return [f"{name}={value!r} must be {rule}{end}"]
+        end = f", such as ({_shown(value)},)."
+    return [f"{name}={_shown(value)} must be {rule}{end}"]
+
+
+def _shown(value: Any) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # Python prints no integer of more than 4300 digits
+        return "a number of thousands of digits"
 
 
 def _is_a(value: Any, kind: Any) -> bool:
@@ -169,6 +181,8 @@ def _is_a(value: Any, kind: Any) -> bool:
         return any(_is_a(value, choice) for choice in choices)
     if isinstance(value, bool):
         return kind is bool
+    if isinstance(value, int) and value.bit_length() > sys.float_info.max_exp:
+        return False
     return isinstance(value, (int, float) if kind is float else kind)
 
 

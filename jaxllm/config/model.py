@@ -5,6 +5,7 @@ import dataclasses
 from typing import Literal
 
 from jaxllm.config.checks import (
+    check_at_most,
     check_not_negative,
     check_positive,
     divisors,
@@ -16,6 +17,12 @@ Balance = Literal["none", "loss", "bias"]
 MLP = Literal["swiglu", "geglu", "gelu"]
 Dtype = Literal["bfloat16", "float32"]
 Remat = Literal["none", "full", "dots", "save_attention"]
+
+# What is beyond these is a slip, and would be planned for minutes.
+MAX_WIDTH = 2**20
+MAX_COUNT = 2**16  # of layers, heads, experts
+MAX_UNROLLED = 512  # layers that are traced one by one
+MAX_MATRIX = 2**40  # numbers of a parameter of one layer: 4 TiB
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +46,13 @@ class MoEConfig:
             self,
             "model.moe",
             "num_experts d_ff_expert num_shared_experts balance_weight router_z_loss",
+        )
+        check_at_most(
+            self,
+            "model.moe",
+            num_experts=MAX_COUNT,
+            num_shared_experts=MAX_COUNT,
+            d_ff_expert=MAX_WIDTH,
         )
         if not self.num_experts:
             self._check_dense()
@@ -103,6 +117,20 @@ class ModelConfig:
             "vocab_size num_layers d_model num_heads num_kv_heads head_dim d_ff "
             "norm_eps rope_theta attention_softcap logit_softcap",
         )
+        check_at_most(
+            self,
+            "model",
+            num_layers=MAX_COUNT,
+            num_heads=MAX_COUNT,
+            d_model=MAX_WIDTH,
+            d_ff=MAX_WIDTH,
+            head_dim=MAX_WIDTH,
+        )
+        if self.rope_theta < 1:
+            raise InputError(
+                f"config.model.rope_theta={self.rope_theta} must be at least 1, "
+                "usually 10000 or more: positions would turn heads by more than 1."
+            )
         if self.num_heads % self.num_kv_heads:
             raise InputError(
                 f"config.model.num_kv_heads={self.num_kv_heads} must divide "
@@ -125,11 +153,40 @@ class ModelConfig:
                 f"{len(self.windows)} entries of config.model.windows={self.windows}; "
                 f"use {neighbours(self.num_layers, len(self.windows))} layers."
             )
+        self._check_size()
         if self.moe.num_experts and self.bias == "all":
             raise InputError(
                 "config.model.bias=all is not for experts, which have no biases; use "
                 "config.model.bias=qkv or none."
             )
+
+    def _check_size(self):
+        unrolled = len(self.windows) if self.scan_layers else self.num_layers
+        if unrolled > MAX_UNROLLED:
+            raise InputError(
+                f"config.model.num_layers={self.num_layers} with "
+                f"config.model.scan_layers={self.scan_layers} and "
+                f"{len(self.windows)} config.model.windows would compile {unrolled} "
+                f"layers one by one, of at most {MAX_UNROLLED}; use "
+                "config.model.scan_layers=True and fewer windows."
+            )
+        moe = self.moe
+        columns = {
+            "vocab_size": self.vocab_size,
+            "num_heads * head_dim": self.num_heads * self.head_dim,
+            "d_ff": self.d_ff,
+            "num_experts * d_ff_expert": moe.num_experts * self.d_ff_expert,
+            "num_shared_experts * d_ff_expert": (
+                moe.num_shared_experts * self.d_ff_expert
+            ),
+        }
+        for names, size in columns.items():
+            if self.d_model * size > MAX_MATRIX:
+                raise InputError(
+                    f"config.model.d_model={self.d_model} times {names}={size} makes "
+                    f"a parameter of {self.d_model * size} numbers, of at most "
+                    f"{MAX_MATRIX}; lower one of them."
+                )
 
     @property
     def d_ff_expert(self) -> int:

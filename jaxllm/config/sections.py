@@ -11,7 +11,15 @@ import dataclasses
 import math
 from typing import Literal
 
-from jaxllm.config.checks import check_not_negative, check_positive, neighbours
+from jaxllm.config.checks import (
+    LARGEST_FLOAT,
+    LARGEST_INT,
+    SMALLEST_FLOAT,
+    check_at_most,
+    check_not_negative,
+    check_positive,
+    neighbours,
+)
 from jaxllm.config.model import ModelConfig
 from jaxllm.errors import InputError
 
@@ -40,6 +48,15 @@ class DataConfig:
 
     def __post_init__(self):
         check_positive(self, "data", "sequence_length batch_size prefetch")
+        # RoPE turns by positions in float32, which has no odd numbers beyond.
+        check_at_most(self, "data", sequence_length=2**24)
+        if self.sequence_length * self.batch_size > LARGEST_INT:
+            raise InputError(
+                f"config.data.batch_size={self.batch_size} times "
+                f"config.data.sequence_length={self.sequence_length} makes "
+                f"{self.sequence_length * self.batch_size} tokens a step, of at most "
+                f"{LARGEST_INT}, the largest int32; lower one of them."
+            )
         if not self.paths:
             raise InputError(
                 "config.data.paths=() names no training data; make a token "
@@ -79,7 +96,7 @@ class MeshConfig:
     def __post_init__(self):
         sizes = self.sizes
         for axis, size in sizes.items():
-            if size < 1 and size != -1:
+            if not 1 <= size <= LARGEST_INT and size != -1:
                 raise InputError(
                     f"config.mesh.{axis}={size} must be a number of devices above 0, "
                     "or -1 for all devices that the other axes leave."
@@ -142,12 +159,20 @@ class OptimizerConfig:
     def __post_init__(self):
         check_positive(self, "optimizer", "lr eps clip_norm microbatches")
         check_not_negative(self, "optimizer", "warmup_steps weight_decay")
-        for name, top in dict(b1=1.0, b2=1.0).items():
-            if not 0 <= getattr(self, name) < top:
+        check_at_most(self, "optimizer", microbatches=2**16)
+        for name in ("b1", "b2"):
+            # From 1 - 2**-25 on it is 1 as float32, and nothing new would count.
+            if not 0 <= getattr(self, name) < 1 - 2**-25:
                 raise InputError(
                     f"config.optimizer.{name}={getattr(self, name)} must be at least 0 "
-                    "and below 1, usually 0.9 to 0.999."
+                    "and, as float32, below 1, usually 0.9 to 0.999."
                 )
+        if self.name == "adafactor" and self.eps**2 < SMALLEST_FLOAT:
+            raise InputError(
+                f"config.optimizer.eps={self.eps} must be at least "
+                f"{SMALLEST_FLOAT**0.5:.3g} with config.optimizer.name=adafactor, "
+                "which adds its square: anything smaller is 0 as float32."
+            )
         for name in ("decay_fraction", "final_lr_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(
@@ -197,7 +222,7 @@ class AnomalyConfig:
 
     def __post_init__(self):
         check_positive(self, "anomaly", "budget")
-        if self.spike_factor is not None and not 1 < self.spike_factor < math.inf:
+        if self.spike_factor is not None and not 1 < self.spike_factor <= LARGEST_FLOAT:
             raise InputError(
                 f"config.anomaly.spike_factor={self.spike_factor} must be above 1, "
                 "usually 2 to 10, or None."
@@ -250,8 +275,11 @@ class Config:
     )
 
     def __post_init__(self):
-        if self.steps < 1:
-            raise InputError(f"config.steps={self.steps} must be at least 1.")
+        if not 1 <= self.steps <= LARGEST_INT:
+            raise InputError(
+                f"config.steps={self.steps} must be from 1 to {LARGEST_INT}, the "
+                "largest int32."
+            )
         if not 0 <= self.seed < 2**32:
             raise InputError(f"config.seed={self.seed} must be from 0 to 2**32 - 1.")
         if self.optimizer.warmup_steps > self.steps:

@@ -2,6 +2,7 @@
 """The checks of jaxllm.config: a wrong value is refused by the name of its setting."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -14,7 +15,7 @@ from jaxllm.config import (
     override,
     presets,
 )
-from jaxllm.config.fields import settings
+from jaxllm.config.fields import setting_types, settings
 from jaxllm.errors import InputError
 
 CONFIG = Config(
@@ -72,6 +73,51 @@ def test_a_wrong_value_is_refused_with_setting_and_value(name):
     assert name in str(error.value)
     assert str(REFUSED[name]) in str(error.value)
     assert str(error.value).endswith(".")
+
+
+TOO_FAR = [
+    ("config.steps", 2**31),
+    ("config.model.vocab_size", 2**31),
+    ("config.model.d_model", 10**9),
+    ("config.model.num_layers", 10**9),
+    ("config.model.num_heads", 10**9),
+    ("config.model.windows", (1,) * 1000),
+    ("config.model.d_ff", 2**20 + 1),
+    ("config.model.rope_theta", 0.5),
+    ("config.data.sequence_length", 2**25),
+    ("config.data.batch_size", 2**31 - 1),
+    ("config.optimizer.lr", 1e39),
+    ("config.optimizer.lr", 1e-40),
+    ("config.optimizer.eps", 1e-60),
+    ("config.optimizer.b2", 1 - 1e-12),
+    ("config.optimizer.microbatches", 2**30),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), TOO_FAR)
+def test_a_value_beyond_what_devices_can_do_is_refused(name, value):
+    with pytest.raises(InputError) as error:
+        override(CONFIG, {"model.num_layers": 1000, name: value})
+    assert name in str(error.value)
+    assert str(error.value).endswith(".")
+
+
+@pytest.mark.parametrize("name", setting_types())
+def test_no_number_is_taken_that_devices_cannot_count_or_hold(name):
+    kind = setting_types()[name]
+    values = {int: [2**32, 10**20, 10**400, 10**5000], float: [1e39, float("inf")]}
+    if name == "seed":
+        values[int] = values[int][1:]
+    for value in values.get(kind, []):
+        with pytest.raises(InputError, match=re.escape(f"config.{name}")):
+            override(CONFIG, {name: value})
+
+
+def test_a_matrix_that_no_memory_holds_is_refused_with_both_of_its_sides():
+    experts = {"model.moe.num_experts": 2**16, "model.moe.d_ff_expert": 2**20}
+    for changes in (experts, {"model.vocab_size": 2**30, "model.d_model": 2**16}):
+        with pytest.raises(InputError, match=r"d_model=\d+ times .* at most"):
+            override(CONFIG, changes)
 
 
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (1.0, -1.0), (1.0, float("nan"))])
