@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Key ranges and the bounds of tiles against the mask of the specification."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -45,7 +47,7 @@ def test_ranges_are_the_mask_of_the_specification(drawn):
 
 @pytest.mark.parametrize("window", [24, 2**30, 2**31 - 1, 2**31, 2**63])
 def test_a_window_of_all_keys_or_more_is_none(window):
-    options = dict(causal=True, segments_BT=None, positions_BT=None)
+    options: dict[str, Any] = dict(causal=True, segments_BT=None, positions_BT=None)
     found = ranges.key_ranges((1, 24, 1, 1), 24, window=window, **options)
     expected = ranges.key_ranges((1, 24, 1, 1), 24, window=0, **options)
     np.testing.assert_array_equal(found, expected)
