@@ -2,13 +2,10 @@
 """The cost of a run, before it starts: `--dry_run` and the first log lines."""
 
 import dataclasses
-import math
-from typing import Any
-
-import jax
 
 from jaxllm.plan import budget
 from jaxllm.plan.kernels import choose_kernels
+from jaxllm.plan.room import bytes_of_a_device
 from jaxllm.step import Setup
 
 
@@ -29,10 +26,10 @@ def cost_report(setup: Setup) -> str:
     counts = budget.num_parameters(config.model)
     active = budget.num_active_parameters(config.model)
     lines = {
-        "parameters": _mib(_device_bytes(state.params)),
-        "optimizer state": _mib(_device_bytes(state.opt_state)),
-        "gradients": _mib(_device_bytes(state.params)),
-        "batch": _mib(_device_bytes(setup.abstract_batch)),
+        "parameters": _mib(bytes_of_a_device(state.params)),
+        "optimizer state": _mib(bytes_of_a_device(state.opt_state)),
+        "gradients": _mib(bytes_of_a_device(state.params)),
+        "batch": _mib(bytes_of_a_device(setup.abstract_batch)),
         "tokens a step": f"{tokens:,}",
         "tokens in all": f"{tokens * config.steps:,}",
         **({"a token uses": f"{active:,} parameters"} if active < counts else {}),
@@ -64,13 +61,6 @@ def _pipeline(setup: Setup) -> dict[str, str]:
         f"{schedule.num_stages} stages, {schedule.num_rounds} round(s), "
         f"{schedule.num_microbatches} microbatches"
     }
-
-
-def _device_bytes(tree: Any) -> int:
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
 
 
 def _mib(num_bytes: int) -> str:

@@ -23,6 +23,7 @@ from jaxllm.inspect.profiler import FOLDER, SKIPPED, TRACEABLE, Profiler
 from jaxllm.plan import budget
 from jaxllm.plan.cost import choices, cost_report
 from jaxllm.plan.kernels import check_kernels
+from jaxllm.plan.room import check_step, check_training
 from jaxllm.records.interval import Interval
 from jaxllm.records.ledger import Ledger
 from jaxllm.records.metrics import MetricsWriter, check_loggers
@@ -97,6 +98,7 @@ def _check(config: Config) -> tuple[Setup, TrainData, str]:
     All that the run will read is opened: what is wrong is refused now, not in an hour.
     """
     setup = prepare(config, sharding.make_mesh(config.mesh.sizes))
+    check_training(setup)
     report = f"{describe()}\n{cost_report(setup)}\n{choices(setup)}"
     check_loggers(config.logging)
     data = open_train_data(setup)
@@ -195,6 +197,7 @@ def _compile(
         compile_step, options=TRACEABLE if profile_steps else None
     )
     step, eval_step = _timed("step", compile_it, setup), None
+    check_step(setup, step)
     if setup.config.eval.every:
         eval_step = _timed("evaluation", compile_eval, setup)
     return step, eval_step, compile_check(setup)
