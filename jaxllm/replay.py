@@ -119,6 +119,7 @@ def _rows(
     """Yields the rows of non-finite losses, then of the largest ones."""
     losses = diagnosis.row_losses
     worth = np.where(np.isfinite(losses), losses, np.inf)
+    worth[diagnosis.row_targets == 0] = -np.inf
     tokenizer = load_run_tokenizer(workdir, None) if has_tokenizer(workdir) else None
     for number in np.argsort(-worth, kind="stable")[:SHOWN_ROWS].tolist():
         found = batches.steps.find(batch * config.data.batch_size + number)
@@ -159,11 +160,12 @@ def _numbers(values: np.ndarray) -> str:
 
 
 def _verdict(diagnosis: Diagnosis) -> str:
-    bad_rows = np.flatnonzero(~np.isfinite(diagnosis.row_losses)).tolist()
+    is_bad = ~np.isfinite(diagnosis.row_losses) & (diagnosis.row_targets > 0)
+    bad_rows = np.flatnonzero(is_bad).tolist()
     bad_layers = np.flatnonzero(~np.isfinite(diagnosis.activations)).tolist()
     bad = [p for p, g in diagnosis.gradients.items() if not np.isfinite(g).all()]
     faults = []
-    if not math.isfinite(diagnosis.means["loss"]):
+    if diagnosis.means["num_targets"] and not math.isfinite(diagnosis.means["loss"]):
         faults.append("the loss")
     if bad_rows:
         faults.append(f"the loss of {len(bad_rows)} rows, first {bad_rows[0]}")

@@ -22,12 +22,14 @@ class Diagnosis:
       activations: root mean square of the residual stream: of the embeddings, then
         after each layer.
       row_losses: mean over a row's targets; NaN where it has none.
+      row_targets: number of a row's targets.
     """
 
     means: dict[str, float]
     gradients: dict[str, np.ndarray]
     activations: np.ndarray
     row_losses: np.ndarray
+    row_targets: np.ndarray
 
 
 def diagnose(setup: Setup, params: Any, batch: Batch) -> Diagnosis:
@@ -52,6 +54,7 @@ def diagnose(setup: Setup, params: Any, batch: Batch) -> Diagnosis:
         gradients=dict(zip(names, jax.device_get(norms), strict=True)),
         activations=np.array(jax.device_get(activations)),
         row_losses=losses,
+        row_targets=num_targets_B,
     )
 
 
@@ -76,7 +79,7 @@ def _row_sums(setup: Setup, params: Any, batch: Batch) -> jax.Array:
 
 
 def _counts(batch: Batch) -> jax.Array:
-    return _everywhere((batch["targets"] >= 0).sum(1).astype(jnp.float32))
+    return _everywhere((batch["targets"] >= 0).sum(1))
 
 
 def _stream(setup: Setup, params: Any, batch: Batch, depth: jax.Array) -> jax.Array:

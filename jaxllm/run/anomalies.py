@@ -112,9 +112,13 @@ class Anomalies:
         """
         step = values["step"]
         judged = {name: values[name] for name in NAMES}
-        faults = list(self._faults(values, self.bounds(step)))
+        if not values["num_targets"]:  # there is no loss, and no gradient of one
+            judged["objective"] = 0.0
+        faults = list(self._faults(values, judged, self.bounds(step)))
         if not faults:
-            self._sound = [*self._sound, [step, *judged.values()]][-WINDOW - 1 :]
+            if values["num_targets"]:
+                sound = [*self._sound, [step, *judged.values()]]
+                self._sound = sound[-WINDOW - 1 :]
             return None
         action, what = self._config.policy, f"step {step}: {'; '.join(faults)}"
         recent = [at for at in self._all_steps() if at > step - BUDGET_STEPS]
@@ -144,8 +148,10 @@ class Anomalies:
     def _all_steps(self) -> list[int]:
         return [*self._skipped, *(step for step, _ in self._left_out)]
 
-    def _faults(self, values: Mapping[str, Any], bounds: Bounds) -> Iterator[str]:
-        if not all(math.isfinite(values[name]) for name in NAMES):
+    def _faults(
+        self, values: Mapping[str, Any], judged: Mapping[str, float], bounds: Bounds
+    ) -> Iterator[str]:
+        if not all(map(math.isfinite, judged.values())):
             norms = dict(zip(self._leaf_paths, values["leaf_norms"], strict=True))
             bad = [path for path, norm in norms.items() if not math.isfinite(norm)]
             yield (
@@ -155,9 +161,9 @@ class Anomalies:
             )
             return
         for (name, noun), bound in zip(NAMES.items(), bounds, strict=True):
-            if values[name] > bound:
+            if judged[name] > bound:
                 factor = self._config.spike_factor
                 yield (
-                    f"the {noun} {values[name]:.6g} is above {bound:.6g}, which is "
+                    f"the {noun} {judged[name]:.6g} is above {bound:.6g}, which is "
                     f"config.anomaly.spike_factor={factor} times the median"
                 )

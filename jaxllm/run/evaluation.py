@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loss on held-out tokens, of a training run or of one of its checkpoints."""
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import sharding
 from jaxllm.config import Config
 from jaxllm.plan.cost import choices
+from jaxllm.plan.room import check_parameters
 from jaxllm.run.data import open_eval_batches
 from jaxllm.run.saved_model import Which, load_params
 from jaxllm.step import compile_eval, prepare
@@ -33,14 +35,17 @@ def evaluate(
         jax.block_until_ready(sums[-2:-1])
     # Added on the host in float64: the mean must not depend on how many batches
     # there are.
-    nll, num_targets = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
-    return {"eval_loss": float(nll / num_targets)}
+    sums = jax.device_get(sums)
+    nll = np.sum([each["nll"] for each in sums], dtype=np.float64)
+    num_targets = sum(int(each["num_targets"]) for each in sums)
+    return {"eval_loss": float(nll) / num_targets if num_targets else math.nan}
 
 
 def evaluate_run(workdir: Path, config: Config, which: Which) -> dict[str, float]:
     """Returns the step of a checkpoint and its loss on held-out tokens."""
     mesh = sharding.make_mesh(config.mesh.sizes)
     setup = prepare(config, mesh)
+    check_parameters(setup)
     choices(setup)  # refuses what this machine's devices cannot do
     with open_eval_batches(setup) as batches:
         params = setup.abstract_state.params

@@ -32,9 +32,14 @@ def place_bounds(bounds: tuple[float, ...], mesh: jax.sharding.Mesh) -> jax.Arra
 
 
 def is_within(bounds: jax.Array, metrics: Mapping[str, jax.Array]) -> jax.Array:
-    """Returns whether the metrics of a step are finite and not above their bounds."""
+    """Returns whether the metrics of a step are finite and not above their bounds.
+
+    Without targets there is no objective to judge.
+    """
     values = jnp.stack([metrics[name] for name in NAMES])
-    return (jnp.isfinite(values) & (values <= bounds)).all()
+    unjudged = jnp.array([name == "objective" for name in NAMES])
+    unjudged &= metrics["num_targets"] == 0
+    return (unjudged | (jnp.isfinite(values) & (values <= bounds))).all()
 
 
 def select(taken: jax.Array, new: Any, old: Any) -> Any:

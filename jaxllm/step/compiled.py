@@ -20,6 +20,8 @@ from jaxllm.step.setup import Setup, TrainState, specs_of
 Batch = Mapping[str, jax.Array]  # of BATCH_NAMES: int32 [B, T]
 Sums = dict[str, jax.Array]  # float32 []
 
+OVER_TARGETS = ("objective", "loss")  # means over targets; all others are over tokens
+
 
 def compile_step(
     setup: Setup, options: Mapping[str, str] | None = None
@@ -32,7 +34,9 @@ def compile_step(
     Metrics are float32: `loss` is the mean negative log-likelihood of the batch's
     targets, `objective` adds z-loss and what balances experts, `grad_norm` is before
     clipping; `leaf_norms` has the gradient norm of each parameter, in the order of
-    `jax.tree.leaves`; the statistics of `route`, if any, begin with "router_".
+    `jax.tree.leaves`; the statistics of `route`, if any, begin with "router_" and are
+    means over tokens. Without anything to average, a mean is NaN. `num_targets` is
+    int32.
 
     Args:
       setup: of the run.
@@ -77,11 +81,11 @@ def compile_step(
 
 
 def compile_eval(setup: Setup) -> jax.stages.Compiled:
-    """Compiles (params, batch) -> sums [2]: negative log-likelihood, and targets."""
+    """Compiles (params, batch) -> sums: float32 `nll` and int32 `num_targets`."""
 
     def eval_step(params, batch: Batch):
         nll = _loss_sums(setup, params, in_zigzag(batch))["loss"]
-        return jnp.stack([nll, (batch["targets"] >= 0).sum().astype(jnp.float32)])
+        return {"nll": nll, "num_targets": (batch["targets"] >= 0).sum()}
 
     with jax.set_mesh(setup.mesh):
         params = setup.abstract_state.params
@@ -100,13 +104,25 @@ def compile_check(setup: Setup) -> jax.stages.Compiled:
 
 
 def gradients(setup: Setup, params: Any, batch: Batch) -> tuple[Any, Sums]:
-    """Returns the gradient of the mean objective over targets, and the mean metrics."""
-    num_targets = jnp.maximum((batch["targets"] >= 0).sum(), 1).astype(jnp.float32)
-    scale = 1 / num_targets
+    """Returns the gradient of the mean objective over targets, and the mean metrics.
+
+    Of a batch without targets the gradient is 0 and the means over targets are NaN.
+    """
+    num_targets = (batch["targets"] >= 0).sum()
+    num_tokens = (batch["segments"] > 0).sum()
     grads, sums = _accumulate(setup, params, in_zigzag(batch))
-    means = {name: value * scale for name, value in sums.items()}
+    means = {
+        name: value * _inverse(num_targets if name in OVER_TARGETS else num_tokens)
+        for name, value in sums.items()
+    }
+    scale = jnp.where(num_targets > 0, _inverse(num_targets), 0.0)
     grads = jax.tree.map(lambda g: g * scale, grads)
     return grads, {**means, "num_targets": num_targets}
+
+
+def _inverse(count: jax.Array) -> jax.Array:
+    """Returns 1 / count as float32; NaN for none."""
+    return jnp.where(count > 0, 1 / jnp.maximum(count, 1).astype(jnp.float32), jnp.nan)
 
 
 def in_zigzag(batch: Batch) -> Batch:
@@ -138,7 +154,8 @@ def forward(
 
 
 def _loss_sums(setup: Setup, params: Any, batch: Batch) -> Sums:
-    """Returns sums over the batch's targets, of `objective`, `loss` and statistics."""
+    """Returns `objective` and `loss`, sums over the batch's targets, and statistics,
+    sums over its tokens."""
     model = setup.model.bind(params)
     x_BTD, stats = forward(setup, model, batch)
     w, letters = model.output_weights()
@@ -149,13 +166,21 @@ def _loss_sums(setup: Setup, params: Any, batch: Batch) -> Sums:
             batch["targets"],
             setup.loss(letters),
         )
-    # Means over the tokens of a microbatch, to be weighted by its targets.
-    parts = setup.schedule.num_microbatches if setup.schedule else 1
-    has_loss_MBT = split(batch["targets"], parts) >= 0
-    num_targets_M = has_loss_MBT.sum((1, 2)).astype(jnp.float32)
-    sums = {name: (value * num_targets_M).sum() for name, value in stats.items()}
+    # Means over a microbatch; the penalty is one of its objective's, over targets.
+    num_targets_M = _count_each(setup, batch["targets"] >= 0)
+    num_tokens_M = _count_each(setup, batch["segments"] > 0)
+    sums = {
+        name: (value * (num_targets_M if name == "penalty" else num_tokens_M)).sum()
+        for name, value in stats.items()
+    }
     objective += sums.pop("penalty", 0.0)
     return {"objective": objective, "loss": nll, **sums}
+
+
+def _count_each(setup: Setup, is_one_BT: jax.Array) -> jax.Array:
+    """Returns how many are true in each microbatch of the schedule, as float32."""
+    parts = setup.schedule.num_microbatches if setup.schedule else 1
+    return split(is_one_BT, parts).sum((1, 2)).astype(jnp.float32)
 
 
 def _accumulate(setup: Setup, params: Any, batch: Batch):

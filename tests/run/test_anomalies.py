@@ -28,13 +28,15 @@ from jaxllm.run.anomalies import MIN_STEPS, WINDOW, Anomalies
 from jaxllm.run.data import TrainData, open_train_data
 from jaxllm.step import compile_step, prepare
 from jaxllm.step import compiled as compiled_module
-from jaxllm.step.bounds import select
+from jaxllm.step.bounds import is_within, select
 from jaxllm.train import train
 
 PATHS = ("a", "b")
 
 
-def values(at: int, loss: float, grad_norm: float = 1.0) -> dict[str, Any]:
+def values(
+    at: int, loss: float, grad_norm: float = 1.0, num_targets: int = 1
+) -> dict[str, Any]:
     norms = np.array([grad_norm, 0.0])
     return {
         "step": at,
@@ -42,6 +44,7 @@ def values(at: int, loss: float, grad_norm: float = 1.0) -> dict[str, Any]:
         "objective": loss,
         "grad_norm": grad_norm,
         "leaf_norms": norms,
+        "num_targets": num_targets,
     }
 
 
@@ -92,6 +95,25 @@ def test_a_spike_is_not_part_of_the_median_it_is_judged_by():
         "step 20: the loss 2.5 is above 2, which is config.anomaly.spike_factor=2.0 "
         "times the median"
     )
+
+
+def test_a_step_without_targets_is_no_anomaly_and_in_no_median():
+    config = AnomalyConfig(policy="skip", spike_factor=2.0)
+    anomalies = Anomalies(config, PATHS)
+    for at in range(MIN_STEPS):
+        assert anomalies.judge(values(at, 1.0), batch=at) is None
+    before = anomalies.to_json()
+    nothing = values(MIN_STEPS, math.nan, 0.0, num_targets=0)
+    assert anomalies.judge(nothing, batch=MIN_STEPS) is None
+    assert anomalies.to_json() == before
+    bounds = jnp.array(anomalies.bounds(MIN_STEPS + 1), jnp.float32)
+    as_arrays = {name: jnp.asarray(value) for name, value in nothing.items()}
+    assert is_within(bounds, as_arrays)
+    # Its gradient is judged all the same, and with targets its loss is.
+    assert not is_within(bounds, {**as_arrays, "grad_norm": jnp.float32(math.nan)})
+    assert not is_within(bounds, {**as_arrays, "num_targets": jnp.int32(1)})
+    bad = values(MIN_STEPS + 1, math.nan, math.inf, num_targets=0)
+    assert anomalies.judge(bad, batch=MIN_STEPS + 1) is not None
 
 
 @pytest.mark.parametrize("policy", ["skip", "rewind"])

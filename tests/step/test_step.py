@@ -11,12 +11,20 @@ import numpy as np
 import pytest
 
 import sharding
-from jaxllm.config import Config, DataConfig, LossConfig, ModelConfig, OptimizerConfig
+from jaxllm.config import (
+    Config,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+)
 from jaxllm.step import (
     Setup,
     TrainState,
     compile_eval,
     compile_step,
+    gradients,
     init_state,
     prepare,
 )
@@ -33,7 +41,9 @@ PLAIN_SGD: dict[str, Any] = dict(
 )
 
 
-def config(*, z_loss: float = 0.0, mixed: bool = False, **optimizer) -> Config:
+def config(
+    *, z_loss: float = 0.0, mixed: bool = False, num_experts: int = 0, **optimizer
+) -> Config:
     return Config(
         steps=10,
         model=ModelConfig(
@@ -46,6 +56,7 @@ def config(*, z_loss: float = 0.0, mixed: bool = False, **optimizer) -> Config:
             d_ff=24,
             tie_embeddings=True,
             dtype="float32",
+            moe=MoEConfig(num_experts=num_experts),
         ),
         data=DataConfig(
             paths=("none",),
@@ -127,6 +138,23 @@ def test_microbatches_give_the_gradient_of_the_whole_batch(parts):
         np.testing.assert_allclose(a, b, atol=TOLERANCE * np.abs(b).max() + EPS)
 
 
+def test_statistics_of_experts_are_means_over_tokens_that_have_a_target_or_not():
+    batch = draw_batch()
+    batch["targets"][: ROWS // 2] = -1
+    batch = jax.tree.map(jnp.asarray, batch)
+    found = []
+    for parts in (1, 2):
+        changes: dict[str, Any] = dict(num_experts=4, microbatches=parts)
+        setup = prepare(config(**changes), sharding.make_mesh({}, jax.devices()[:1]))
+        params = init_state(setup).params
+        with jax.set_mesh(setup.mesh):
+            take = jax.jit(functools.partial(gradients, setup))
+            found.append(jax.device_get(take(params, batch)[1]))
+    whole, split = found
+    for name in ("loss", "router_entropy"):
+        assert split[name] == pytest.approx(whole[name], rel=TOLERANCE), name
+
+
 def test_the_gradient_is_that_of_the_mean_over_targets_of_all_logits():
     setup, _ = built()
     batch = jax.tree.map(jnp.asarray, draw_batch())
@@ -175,13 +203,14 @@ def test_z_loss_is_in_the_objective_and_not_in_the_loss():
 
 @pytest.mark.parametrize("parts", [1, 4])
 @pytest.mark.parametrize("masked", ["targets", "everything"])
-def test_a_batch_without_targets_changes_nothing_and_is_finite(parts, masked):
+def test_a_batch_without_targets_has_no_loss_and_changes_nothing(parts, masked):
     batch = draw_batch()
     batch["targets"] = np.full_like(batch["targets"], -1)
     if masked == "everything":
         batch["segments"] = np.zeros_like(batch["segments"])
     state, metrics = run(batch, microbatches=parts)
-    assert metrics["loss"] == metrics["grad_norm"] == 0
+    assert metrics["num_targets"] == metrics["grad_norm"] == 0
+    assert np.isnan(metrics["loss"]) and np.isnan(metrics["objective"])
     for difference in moved(state):
         assert not np.any(difference)
 
@@ -236,7 +265,9 @@ def test_metrics_report_the_schedule_and_a_step_counts_one():
     for number in range(6):
         assert int(state.step) == number
         state, metrics = step(state, batch)
-        assert {leaf.dtype for leaf in metrics.values()} == {jnp.dtype(jnp.float32)}
+        dtypes = {name: str(leaf.dtype) for name, leaf in metrics.items()}
+        assert dtypes.pop("num_targets") == "int32"
+        assert set(dtypes.values()) == {"float32"}
         assert float(metrics["lr"]) == pytest.approx(
             float(schedule(number)), rel=4 * EPS
         )
@@ -258,7 +289,8 @@ def test_the_evaluation_sums_what_the_step_averages():
     setup, _ = built()
     params = new_state(setup).params
     batch = jax.tree.map(jnp.asarray, draw_batch())
-    nll, num_targets = jax.device_get(compile_eval(setup)(params, batch))
+    sums = jax.device_get(compile_eval(setup)(params, batch))
+    nll, num_targets = sums["nll"], sums["num_targets"]
     metrics = run()[1]
     assert num_targets == metrics["num_targets"]
     assert nll / num_targets == pytest.approx(metrics["loss"], rel=TOLERANCE)
