@@ -83,7 +83,7 @@ def replay(workdir: Path, config: Config, step: int, batch: int | None) -> Repla
     choices(setup)  # refuses what this machine's devices cannot do
     data = open_train_data(setup)
     with Checkpoints(workdir / CHECKPOINTS, config.checkpoint) as checkpoints:
-        saves = Saves(setup, checkpoints, data.fingerprint)
+        saves = Saves(setup, checkpoints, data.fingerprint, data.eval_fingerprint)
         left_out = saves.left_out()
         saved = saves.up_to(step)
     with data.batches(saved.step, left_out) as batches:

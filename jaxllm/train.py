@@ -82,7 +82,10 @@ def train(
                     if stop:
                         raise Preempted(step)
                     # Only after the save: it holds state and data of one instant.
-                    batch = run.next_batch(step)
+                    batch = run.next_batch(step, should_stop)
+                    if batch is None:  # asked to stop while it waited for data
+                        yield from run.save(step, state)
+                        raise Preempted(step)
                     with phases("step"):
                         state, metrics = run.step(state, batch, *run.bounds(step))
                     # One step late, so that the devices never wait for the host.

@@ -3,8 +3,7 @@
 
 import os
 from pathlib import Path
-
-import jax
+from typing import Any
 
 from jaxllm.errors import InputError
 
@@ -25,7 +24,7 @@ def host_bytes(proc: Path = Path("/proc"), cgroup: Path = _CGROUP) -> int:
     return max(0, min(found))
 
 
-def device_bytes(device: jax.Device) -> int | None:
+def device_bytes(device: Any) -> int | None:
     """Returns the bytes of a device for arrays; None if it shares the host's memory."""
     stats = device.memory_stats()
     return stats.get("bytes_limit") if stats else None
@@ -46,7 +45,7 @@ def check_room(what: str, needed: int, there: int | None, remedy: str) -> None:
     if there is not None and needed > there:
         raise InputError(
             f"{what} needs {show_bytes(needed)} of memory, and there are "
-            f"{show_bytes(there)}; {remedy}."
+            f"{show_bytes(there)} for that; {remedy}."
         )
 
 

@@ -9,6 +9,7 @@ alone. Standard library only: a config is read and refused without importing JAX
 
 import dataclasses
 import math
+from fractions import Fraction
 from typing import Literal
 
 from jaxllm.config.checks import (
@@ -24,6 +25,7 @@ from jaxllm.config.model import ModelConfig
 from jaxllm.errors import InputError
 
 Packing = Literal["concat", "best_fit"]
+RawDtype = Literal["auto", "uint16", "uint32"]
 Kernel = Literal["auto", "mosaic", "xla"]
 AttentionKernel = Literal["auto", "mosaic", "cudnn", "xla"]
 Exchange = Literal["all_gather", "ring"]
@@ -43,11 +45,18 @@ class DataConfig:
     batch_size: int  # rows per step (global batch): over all devices and microbatches
     packing: Packing = "concat"  # concat splits documents at row ends, best_fit pads
     cross_document_attention: bool = False  # attend to earlier documents of the row
+    end_of_document: int | None = None  # token between documents, where .bin list none
+    raw_dtype: RawDtype = "auto"  # numbers of .bin without header; auto: uint16
     shuffle: bool = True  # new order of the rows in each epoch; false: read in order
     prefetch: int = 4  # batches that a host thread puts on the devices ahead of time
 
     def __post_init__(self):
-        check_positive(self, "data", "sequence_length batch_size prefetch")
+        check_positive(self, "data", "batch_size prefetch")
+        if self.sequence_length < 2:
+            raise InputError(
+                f"config.data.sequence_length={self.sequence_length} must be at least "
+                "2, because attention has nothing to attend to in a row of one token."
+            )
         # RoPE turns by positions in float32, which has no odd numbers beyond.
         check_at_most(self, "data", sequence_length=2**24)
         if self.sequence_length * self.batch_size > LARGEST_INT:
@@ -62,6 +71,15 @@ class DataConfig:
                 "config.data.paths=() names no training data; make a token "
                 "folder with `python -m jaxllm.tokenize`, and give its path."
             )
+        for name in ("paths", "eval_paths"):
+            paths = getattr(self, name)
+            if twice := [path for path in paths if paths.count(path) > 1]:
+                raise InputError(
+                    f"config.data.{name} names {twice[0]} more than once; name it "
+                    "once: config.data.weights gives a path more weight in training."
+                )
+        if self.end_of_document is not None:
+            check_not_negative(self, "data", "end_of_document")
         if self.weights and len(self.weights) != len(self.paths):
             raise InputError(
                 f"config.data.weights={self.weights} must have one number for each of "
@@ -282,6 +300,7 @@ class Config:
             )
         if not 0 <= self.seed < 2**32:
             raise InputError(f"config.seed={self.seed} must be from 0 to 2**32 - 1.")
+        self._check_weights()
         if self.optimizer.warmup_steps > self.steps:
             raise InputError(
                 f"config.optimizer.warmup_steps={self.optimizer.warmup_steps} must not "
@@ -318,3 +337,15 @@ class Config:
                 f"{self.model.moe.capacity_factor} counts; use "
                 "config.model.moe.capacity_factor=None, or config.mesh.context=1."
             )
+
+    def _check_weights(self):
+        """Refuses shares of which some path gives no row in the whole run."""
+        rows = self.steps * self.data.batch_size
+        shares = [Fraction(weight) for weight in self.data.weights]
+        for path, share in zip(self.data.paths, shares, strict=False):
+            if share * rows < sum(shares):
+                raise InputError(
+                    f"config.data.weights={self.data.weights} leaves no row of {path} "
+                    f"among the {rows} of the run; raise its weight, or remove it from "
+                    "config.data.paths."
+                )

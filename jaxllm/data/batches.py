@@ -7,20 +7,28 @@ thread that also starts their transfer.
 """
 
 import dataclasses
+import math
+import queue
+import threading
+import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
-import grain
 import jax
 import numpy as np
 
+from jaxllm.cluster.memory import check_room, device_bytes, host_bytes
 from jaxllm.config import DataConfig
 from jaxllm.data.formats import TokenSplit
 from jaxllm.data.mixture import mix_rows
-from jaxllm.data.packing import PackedSplit, Rows, empty_rows, pack
+from jaxllm.data.packing import BATCH_NAMES, PackedSplit, Rows, empty_rows
 from jaxllm.errors import InputError
 from sharding import Placement
 
 FOREVER = 2**40  # steps of a stream without end
+_ARRAY_BYTES = 4096  # of a small array, beside its values
+_POLL_S = 0.1  # between two looks at whether to stop
+_LEAVE_S = 5  # for the batch under way, as the program ends
 
 Batch = dict[str, jax.Array]  # of BATCH_NAMES: int32 [B, T]
 Find = Callable[[int], tuple[int, int] | None]  # n -> path and row there; None: padding
@@ -40,19 +48,53 @@ def batch_of(step: int, left_out: Sequence[int]) -> int:
 
 
 class Batches:
-    """An iterator over batches; `close` stops the thread that makes them."""
+    """An iterator over batches; `close` stops the thread that makes them.
+
+    The thread begins with the first batch that is asked for, and is `prefetch` batches
+    ahead. It never keeps a program from ending, even if a read of it hangs.
+    """
 
     def __init__(self, steps: "_Steps", start: int, prefetch: int):
-        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
         self.steps = steps
-        dataset = grain.MapDataset.source(steps)[start:]
-        self._batches = iter(dataset.to_iter_dataset(options))
+        self._made: queue.Queue[Any] = queue.Queue(prefetch)
+        self._closed = threading.Event()
+        self._over = False  # there are no more to take
+        arguments = steps, start, self._made, self._closed
+        self._thread = threading.Thread(
+            target=_make, args=arguments, name="batches", daemon=True
+        )
+        # Not killed while it uses JAX, as the program ends.
+        weakref.finalize(self, _end, self._thread, self._closed)
 
     def __iter__(self) -> "Batches":
         return self
 
     def __next__(self) -> Batch:
-        return next(self._batches)
+        batch = self.wait(lambda: False)
+        assert batch is not None, "nothing stops it"
+        return batch
+
+    def wait(self, should_stop: Callable[[], bool]) -> Batch | None:
+        """Returns the next batch, or None if it should stop before that is there.
+
+        Raises:
+          StopIteration: there are no more.
+        """
+        if self._over:
+            raise StopIteration
+        if not self._thread.ident:
+            self._thread.start()
+        while True:
+            try:
+                made = self._made.get(timeout=_POLL_S)
+            except queue.Empty:
+                if should_stop():
+                    return None
+                continue
+            if isinstance(made, BaseException):
+                self._over = True
+                raise made
+            return made
 
     def __enter__(self) -> "Batches":
         return self
@@ -62,12 +104,38 @@ class Batches:
 
     def close(self):
         """Stops making batches; there are no more to take."""
-        self._batches.close()
+        self._over = True
+        self._closed.set()
+
+
+def _make(
+    steps: "_Steps", start: int, made: queue.Queue[Any], closed: threading.Event
+) -> None:
+    """Puts one batch after the other into a queue, then StopIteration, or an error."""
+    for number in range(start, len(steps) + 1):
+        try:
+            batch = steps[number] if number < len(steps) else StopIteration()
+        except BaseException as error:
+            batch = error
+        while not closed.is_set():
+            try:
+                made.put(batch, timeout=_POLL_S)
+                break
+            except queue.Full:
+                pass
+        if closed.is_set() or isinstance(batch, BaseException):
+            return
+
+
+def _end(thread: threading.Thread, closed: threading.Event) -> None:
+    closed.set()
+    if thread.is_alive():
+        thread.join(_LEAVE_S)
 
 
 def load_batches(
     config: DataConfig,
-    splits: Sequence[TokenSplit],
+    packed: Sequence[PackedSplit],
     *,
     seed: int,
     sharding: jax.sharding.NamedSharding | None,
@@ -78,8 +146,8 @@ def load_batches(
     """Returns the batches of steps start, start + 1, ... for ever.
 
     Args:
-      config: how tokens become rows and rows become batches.
-      splits: from `open_splits(config, "train")`.
+      config: how rows become batches.
+      packed: the rows of each of `config.data.paths`.
       seed: of the order of the rows; from 0 to 2**32 - 1.
       sharding: of "BT"; None places batches on the default device.
       start: steps done before.
@@ -87,7 +155,6 @@ def load_batches(
         one another.
       vocab_size: refuse batches with a token that is not below it.
     """
-    packed = [_pack(config, split, keep_tail=False) for split in splits]
     mixture = mix_rows(
         [len(rows) for rows in packed],
         config.weights,
@@ -102,25 +169,24 @@ def load_batches(
 
 def eval_batches(
     config: DataConfig,
-    splits: Sequence[TokenSplit],
+    packed: Sequence[PackedSplit],
     *,
     sharding: jax.sharding.NamedSharding | None,
     num_batches: int,
     vocab_size: int | None = None,
 ) -> Batches:
-    """Returns the same batches at every call, with each row of the splits at most once.
+    """Returns the same batches at every call, with each row at most once.
 
     Splits follow one another, whatever `config.data.weights` says. The last batch is
     filled up with rows of padding, so that a mean over all targets is exact.
 
     Args:
-      config: how tokens become rows and rows become batches.
-      splits: from `open_splits(config, "eval")`.
+      config: how rows become batches.
+      packed: the rows of the held-out splits, their tails included.
       sharding: of "BT"; None places batches on the default device.
       num_batches: at most so many, with rows evenly spread over all; 0 is every row.
       vocab_size: refuse batches with a token that is not below it.
     """
-    packed = [_pack(config, split, keep_tail=True) for split in splits]
     ends = np.cumsum([len(rows) for rows in packed])
     total = int(ends[-1])
     num_rows = min(total, num_batches * config.batch_size) if num_batches else total
@@ -137,6 +203,38 @@ def eval_batches(
     placement = Placement.of(shape, sharding)
     steps = _Steps(packed, find, num_steps, placement, vocab_size)
     return Batches(steps, 0, config.prefetch)
+
+
+def check_memory(
+    config: DataConfig, sharding: jax.sharding.NamedSharding | None
+) -> None:
+    """Refuses batches that, made ahead as `config.data.prefetch` says, have no room.
+
+    They may take half of the memory of a device or, where devices share the host's, of
+    what that has left: `prefetch` batches, one under way and the one of the step.
+    """
+    whole = config.batch_size, config.sequence_length
+    part, devices = whole, jax.local_devices()[:1]
+    if sharding is not None:
+        part, devices = sharding.shard_shape(whole), list(sharding.addressable_devices)
+    one = len(BATCH_NAMES) * (
+        np.dtype(np.int32).itemsize * math.prod(part) + _ARRAY_BYTES
+    )
+    there = device_bytes(devices[0])
+    if there is None:
+        one, there = one * len(devices), host_bytes()
+    there //= 2
+    fitting = there // one - 2
+    remedy = (
+        f"use config.data.prefetch={fitting} or less"
+        if fitting > 0
+        else "lower config.data.batch_size or config.data.sequence_length"
+    )
+    what = (
+        f"config.data.prefetch={config.prefetch} batches of config.data.batch_size="
+        f"{whole[0]} rows of {whole[1]} tokens"
+    )
+    check_room(what, one * (config.prefetch + 2), there, remedy)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +281,3 @@ class _Steps:
                 f"config.model.vocab_size={self.vocab_size} less 1; set it to the "
                 "vocabulary of the tokenizer that made this file, or give another file."
             )
-
-
-def _pack(config: DataConfig, split: TokenSplit, *, keep_tail: bool) -> PackedSplit:
-    return pack(split, config.sequence_length, config.packing, keep_tail=keep_tail)

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads the token files of other training stacks: nanoGPT, llm.c, Megatron-LM."""
 
+import dataclasses
 import os
 import struct
 
 import numpy as np
 
+from jaxllm.config.sections import RawDtype
+from jaxllm.data.sample import looks_like_uint32
+from jaxllm.data.token_file import TokenFile, read_numbers, read_start
 from jaxllm.errors import InputError
 
 # Source: llm.c, dev/data/data_common.py. The header is 256 int32; [2] counts tokens.
@@ -19,15 +23,44 @@ _MEGATRON_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype, sequences,
 _MEGATRON_DTYPES = {1: "u1", 4: "<i4", 8: "<u2"}
 
 
-def open_foreign(path: str) -> tuple[str, np.ndarray, np.ndarray | None]:
-    """Returns the format's name, the tokens, and the document ends if it has them.
+@dataclasses.dataclass(frozen=True)
+class ForeignFile:
+    """A token file of another stack."""
 
-    The format is detected by a neighbouring .idx file, then by the first bytes.
+    kind: str  # the name of its format
+    tokens: TokenFile
+    ends: np.ndarray | None = None  # exclusive ends of documents, if it lists them
+    usual: "UsualEnd | None" = None  # of its format, if it does not
+
+
+@dataclasses.dataclass(frozen=True)
+class UsualEnd:
+    """The token that a tokenizer puts between documents."""
+
+    token: int
+    vocab_size: int  # of that tokenizer: a larger id is of another one
+
+
+# nanoGPT and llm.c write GPT-2's <|endoftext|>, the latter also Llama 3's
+# <|begin_of_text|>, each between two documents: after one or before the next is the
+# same stream.
+_USUAL = {
+    np.dtype("<u2"): UsualEnd(50256, 50257),
+    np.dtype("<u4"): UsualEnd(128000, 128256),
+}
+
+
+def open_foreign(path: str, raw_dtype: RawDtype) -> ForeignFile:
+    """Opens a file; its format is detected by a neighbouring .idx, then by its start.
+
+    Args:
+      path: of the .bin file.
+      raw_dtype: of a file without a header; "auto" is uint16, as in nanoGPT.
     """
     index = path.removesuffix(".bin") + ".idx"
     if os.path.exists(index):
-        return "Megatron", *_open_megatron(path, index)
-    start = _read_start(path, 12)
+        return _open_megatron(path, index)
+    start = read_start(path, 12)
     size = os.path.getsize(path)
     magic, found, num_tokens = struct.unpack("<3i", start) if size >= 12 else (0, 0, 0)
     if magic == _LLMC_EVAL_MAGIC:
@@ -36,12 +69,7 @@ def open_foreign(path: str) -> tuple[str, np.ndarray, np.ndarray | None]:
             "name a file of tokens."
         )
     if magic not in _LLMC_KINDS:
-        if size % 2:
-            raise InputError(
-                f"{path} has {size} bytes, but raw token files (nanoGPT) hold uint16 "
-                "and have an even number; it is damaged, or of another format."
-            )
-        return "nanoGPT", map_file(path, np.dtype("<u2")), None
+        return _open_raw(path, size, raw_dtype)
     version, dtype = _LLMC_KINDS[magic]
     if found != version:
         raise InputError(
@@ -54,11 +82,34 @@ def open_foreign(path: str) -> tuple[str, np.ndarray, np.ndarray | None]:
             f"{path} has {size} bytes, but its header says {num_tokens} tokens, which "
             f"is {expected} bytes; it is damaged: copy it again."
         )
-    return "llm.c", map_file(path, np.dtype(dtype), _LLMC_HEADER_BYTES), None
+    tokens = TokenFile(path, np.dtype(dtype), _LLMC_HEADER_BYTES)
+    return ForeignFile("llm.c", tokens, usual=_USUAL[tokens.dtype])
 
 
-def _open_megatron(path: str, index: str) -> tuple[np.ndarray, np.ndarray]:
-    header = _read_start(index, _MEGATRON_HEADER.size)
+def _open_raw(path: str, size: int, raw_dtype: RawDtype) -> ForeignFile:
+    dtype = np.dtype("<u4" if raw_dtype == "uint32" else "<u2")
+    if size % dtype.itemsize:
+        raise InputError(
+            f"{path} has {size} bytes, but raw token files (nanoGPT) hold "
+            f"{dtype.name}, {dtype.itemsize} bytes each; it is damaged, or of another "
+            "format."
+        )
+    tokens = TokenFile(path, dtype)
+    if raw_dtype == "auto" and looks_like_uint32(
+        len(tokens), lambda start, stop: tokens[start:stop]
+    ):
+        raise InputError(
+            f"{path} is read as uint16, as nanoGPT writes it, but every second number "
+            "of it is below 16, as in a file of uint32; set "
+            "config.data.raw_dtype=uint32, or config.data.raw_dtype=uint16 if it is "
+            "uint16."
+        )
+    usual = None if raw_dtype == "uint32" else _USUAL[dtype]
+    return ForeignFile(f"raw {dtype.name}", tokens, usual=usual)
+
+
+def _open_megatron(path: str, index: str) -> ForeignFile:
+    header = read_start(index, _MEGATRON_HEADER.size)
     if len(header) < _MEGATRON_HEADER.size or not header.startswith(_MEGATRON_MAGIC):
         raise InputError(
             f"{index} is not a Megatron index, because it does not start with "
@@ -80,37 +131,21 @@ def _open_megatron(path: str, index: str) -> tuple[np.ndarray, np.ndarray]:
             f"{index} has {size} bytes, but its header needs {expected}; it is "
             "damaged: copy it again."
         )
-    content = map_file(index, np.dtype("u1"))[len(header) : expected]
+    content = read_numbers(index, np.dtype("u1"))[len(header) : expected]
     lengths = content[: 4 * num_sequences].view("<i4")
     offsets = content[4 * num_sequences : 12 * num_sequences].view("<i8")
     sequence_ends = content[12 * num_sequences :].view("<i8")
-    dtype = np.dtype(_MEGATRON_DTYPES[code])
-    starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    in_order = np.array_equal(offsets, starts[:-1] * dtype.itemsize)
-    fits = os.path.getsize(path) == starts[-1] * dtype.itemsize
+    tokens = TokenFile(path, np.dtype(_MEGATRON_DTYPES[code]))
+    starts = np.zeros(num_sequences + 1, np.int64)
+    np.cumsum(lengths, out=starts[1:])
+    in_order = np.array_equal(offsets, starts[:-1] * tokens.dtype.itemsize)
+    fits = os.path.getsize(path) == starts[-1] * tokens.dtype.itemsize
     whole = num_ends and sequence_ends[0] == 0 and sequence_ends[-1] == num_sequences
-    if not (in_order and fits and whole and np.all(np.diff(sequence_ends) >= 0)):
+    ordered = (sequence_ends[1:] >= sequence_ends[:-1]).all()
+    if not (in_order and fits and whole and ordered and lengths.min(initial=0) >= 0):
         raise InputError(
             f"{path} ({os.path.getsize(path)} bytes) is not what {index} describes "
             f"({starts[-1]} tokens in {num_sequences} sequences, in order); one of "
             "them is damaged, or they do not belong together: copy both again."
         )
-    return map_file(path, dtype), np.unique(starts[sequence_ends[1:]])
-
-
-def map_file(path: str, dtype: np.dtype, offset: int = 0) -> np.ndarray:
-    """Maps a file of numbers into memory, read-only."""
-    try:
-        if os.path.getsize(path) <= offset:
-            return np.empty(0, dtype)  # an empty file cannot be mapped
-        return np.memmap(path, dtype, "r", offset)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
-
-
-def _read_start(path: str, num_bytes: int) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            return file.read(num_bytes)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
+    return ForeignFile("Megatron", tokens, starts[sequence_ends[1:]])

@@ -6,7 +6,7 @@
 | folder with manifest.json | token folder of `python -m jaxllm.tokenize` |
 | .bin with a neighbouring .idx | Megatron-LM's IndexedDataset |
 | .bin that starts with 20240520 or 20240801 | llm.c, modded-nanogpt: uint16, uint32 |
-| any other .bin | nanoGPT: raw uint16 |
+| any other .bin | nanoGPT: raw uint16; raw uint32 where the settings say so |
 | folder or glob of .bin files | all of them, sorted by name |
 
 In a folder without a manifest, files with a word like `val` in their name are its eval
@@ -17,18 +17,20 @@ import bisect
 import dataclasses
 import functools
 import glob
-import hashlib
 import itertools
 import os
 import re
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 
-from jaxllm.data.foreign import map_file, open_foreign
+from jaxllm.config.sections import RawDtype
+from jaxllm.data.foreign import ForeignFile, open_foreign
 from jaxllm.data.manifest import (
     ENDS_DTYPE,
     MANIFEST,
+    MAX_VOCAB,
     PARTIAL,
     TOKENIZER,
     DataFile,
@@ -36,6 +38,8 @@ from jaxllm.data.manifest import (
     hash_file,
     read_manifest,
 )
+from jaxllm.data.sample import common_end, occurrences, sampled_hash
+from jaxllm.data.token_file import TokenFile, check_ends, read_numbers
 from jaxllm.errors import InputError
 
 _EVAL_NAME = re.compile(r"(?<![a-z])(val|valid|validation|eval|test)(?![a-z])")
@@ -45,13 +49,14 @@ _EVAL_NAME = re.compile(r"(?<![a-z])(val|valid|validation|eval|test)(?![a-z])")
 class TokenSplit:
     """The tokens of one split of one path, as if in one array.
 
-    Two splits have the same fingerprint if their tokens and boundaries are the same.
-    For foreign files it is of a sample: the number of tokens and 256 blocks of 4096.
+    Two splits have the same fingerprint if their tokens and boundaries are the same, as
+    far as a sample tells: `jaxllm.data.sample`.
     """
 
     path: str  # as the user wrote it
-    shards: tuple[np.ndarray, ...]  # 1-D, memory-mapped, read-only, none of them empty
-    document_ends: np.ndarray | None  # int64, exclusive; None if the format has none
+    shards: tuple[TokenFile | np.ndarray, ...]  # 1-D, none of them empty
+    document_ends: np.ndarray | None  # int64, exclusive, ascending; None: not listed
+    end_of_document: int | None  # the token that documents end in; None: not known
     vocab_size: int  # above every id
     vocab_known: bool  # False: vocab_size is only the limit of the files' dtype
     fingerprint: str  # hex
@@ -59,20 +64,42 @@ class TokenSplit:
 
     @property
     def num_tokens(self) -> int:
+        """Tokens in all shards."""
         return self._starts[-1]
 
+    @property
+    def num_targets(self) -> int:
+        """Tokens that can be predicted: all, or all but the first of each document."""
+        if self.end_of_document is not None:
+            return self.num_tokens
+        ends = self.document_ends
+        documents = 1 if ends is None else np.count_nonzero(np.diff(ends, prepend=0))
+        return self.num_tokens - int(documents)
+
     def slice(self, start: int, stop: int) -> np.ndarray:
-        """Returns tokens [start, stop) as a new int32 array."""
-        if not 0 <= start <= stop <= self.num_tokens:
+        """Returns tokens [start, stop) as a new int32 array.
+
+        Where the end-of-document token is known it is also token -1: the first document
+        has it before itself, as the others do.
+        """
+        last = self.end_of_document
+        if not -(last is not None) <= start <= stop <= self.num_tokens:
             raise IndexError(
                 f"[{start}, {stop}) is not within {self.num_tokens} tokens"
             )
         out = np.empty(stop - start, np.int32)
-        shard = bisect.bisect_right(self._starts, start) - 1
-        done = 0
+        done = int(start < 0 and stop > start)
+        if done and last is not None:
+            out[0] = last
+        shard = bisect.bisect_right(self._starts, start + done) - 1
         while done < stop - start:
             first = start + done - self._starts[shard]
             part = self.shards[shard][first : first + stop - start - done]
+            if part.dtype.itemsize == 4 and part.max() > _LARGEST_ID:
+                raise InputError(
+                    f"{self.path} has the token {part.max()}, and ids go up to "
+                    f"{_LARGEST_ID}; it is damaged, or of another format."
+                )
             out[done : done + len(part)] = part
             done += len(part)
             shard += 1
@@ -83,37 +110,61 @@ class TokenSplit:
         return [0, *itertools.accumulate(len(shard) for shard in self.shards)]
 
 
-def open_tokens(path: str, split: Literal["train", "eval"]) -> TokenSplit | None:
+_LARGEST_ID = MAX_VOCAB - 1
+
+
+def open_tokens(
+    path: str,
+    split: Literal["train", "eval"],
+    *,
+    raw_dtype: RawDtype = "auto",
+    end_of_document: int | None = None,
+) -> TokenSplit | None:
     """Opens a split of a token folder, a .bin file, or a glob of them.
 
     Returns None if the path is valid but has no such split.
+
+    Args:
+      path: as in `config.data.paths`.
+      split: the part of it.
+      raw_dtype: of files without a header.
+      end_of_document: of files that do not list their documents; None takes the one
+        that is usual for the format, if the file has it.
     """
     if os.path.exists(os.path.join(path, MANIFEST)):
         return _open_folder(path, split)
     files = _foreign_files(path, split)
     if not files:
         return None
-    opened = [open_foreign(file) for file in files]
-    kinds = {kind for kind, _, _ in opened}
+    opened = [open_foreign(file, raw_dtype) for file in files]
+    kinds = {file.kind for file in opened}
     if len(kinds) > 1:
         raise InputError(
             f"{path} holds token files of different formats ({', '.join(sorted(kinds))}"
             "); name those that belong together by a glob."
         )
-    shards = tuple(array for _, array, _ in opened if len(array))
+    shards = tuple(file.tokens for file in opened if len(file.tokens))
     if not shards:
         raise InputError(f"{path} holds no tokens; name a file that does.")
-    unhashed = TokenSplit(
+    tops = [min(np.iinfo(shard.dtype).max, _LARGEST_ID) for shard in shards]
+    found = TokenSplit(
         path=path,
         shards=shards,
-        document_ends=_join_ends([(array, ends) for _, array, ends in opened]),
-        vocab_size=max(min(np.iinfo(shard.dtype).max, 2**31 - 1) for shard in shards)
-        + 1,
+        document_ends=_join_ends(opened),
+        end_of_document=None,
+        vocab_size=max(tops) + 1,
         vocab_known=False,
         fingerprint="",
         tokenizer=None,
     )
-    return dataclasses.replace(unhashed, fingerprint=_sampled_hash(unhashed))
+    if found.document_ends is None:
+        last = (
+            _usual_end(found, opened[0]) if end_of_document is None else end_of_document
+        )
+    else:
+        last = common_end(found.slice, found.document_ends)
+    hashed = sampled_hash(found.num_tokens, found.slice, found.document_ends, "")
+    return dataclasses.replace(found, end_of_document=last, fingerprint=hashed)
 
 
 def verify(folder: str):
@@ -153,19 +204,26 @@ def _open_folder(folder: str, name: str) -> TokenSplit | None:
         _check_size(folder, file, manifest.dtype)
     _check_size(folder, split.ends, ENDS_DTYPE)
     dtype = np.dtype(manifest.dtype).newbyteorder("<")
-    return TokenSplit(
+    last = manifest.end_of_document
+    ends_path = os.path.join(folder, split.ends.name)
+    ends = read_numbers(ends_path, np.dtype(ENDS_DTYPE))
+    check_ends(ends_path, ends, split.num_tokens, empty=last is None)
+    opened = TokenSplit(
         path=folder,
         shards=tuple(
-            map_file(os.path.join(folder, s.name), dtype) for s in split.shards
+            TokenFile(os.path.join(folder, file.name), dtype)
+            for file in split.shards
+            if file.num_items
         ),
-        document_ends=map_file(
-            os.path.join(folder, split.ends.name), np.dtype(ENDS_DTYPE)
-        ),
+        document_ends=_without_empty(ends),
+        end_of_document=last,
         vocab_size=manifest.tokenizer.vocab_size,
         vocab_known=True,
-        fingerprint=split.sha256,
+        fingerprint="",
         tokenizer=manifest.tokenizer.sha256,
     )
+    hashed = sampled_hash(opened.num_tokens, opened.slice, ends, split.sha256)
+    return dataclasses.replace(opened, fingerprint=hashed)
 
 
 def _foreign_files(path: str, split: str) -> list[str]:
@@ -204,25 +262,30 @@ def _foreign_files(path: str, split: str) -> list[str]:
     return found if split == "train" else []
 
 
-def _join_ends(files: list[tuple[np.ndarray, np.ndarray | None]]) -> np.ndarray | None:
+def _join_ends(files: Sequence[ForeignFile]) -> np.ndarray | None:
     joined, start = [], 0
-    for array, ends in files:
-        if ends is None:
+    for file in files:
+        if file.ends is None:
             return None
-        joined.append(ends[ends > 0] + start)
-        start += len(array)
-    return np.concatenate(joined)
+        joined.append(file.ends + start)
+        start += len(file.tokens)
+    return _without_empty(np.concatenate(joined))
 
 
-def _sampled_hash(split: TokenSplit) -> str:
-    digest = hashlib.sha256(f"sample {split.num_tokens}".encode())
-    last = max(split.num_tokens - 4096, 0)
-    for start in sorted({last * block // 255 for block in range(256)}):
-        stop = min(start + 4096, split.num_tokens)
-        digest.update(split.slice(start, stop).astype("<i4").tobytes())
-    if split.document_ends is not None:
-        digest.update(split.document_ends.astype(ENDS_DTYPE).tobytes())
-    return digest.hexdigest()
+def _without_empty(ends: np.ndarray) -> np.ndarray:
+    """Returns the ends of the documents that have tokens."""
+    return ends[np.diff(ends, prepend=0) > 0]
+
+
+def _usual_end(split: TokenSplit, file: ForeignFile) -> int | None:
+    """Returns the token that its format puts between documents, if the sample has it.
+
+    Not if it has ids beyond the vocabulary of that token too.
+    """
+    if file.usual is None:
+        return None
+    count, largest = occurrences(split.num_tokens, split.slice, file.usual.token)
+    return file.usual.token if count and largest < file.usual.vocab_size else None
 
 
 def _check_size(folder: str, file: DataFile, dtype: str):

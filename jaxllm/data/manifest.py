@@ -23,6 +23,7 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 PARTIAL = ".jaxllm-partial"  # within the folder: the files of an unfinished command
 ENDS_DTYPE = "<i8"
+MAX_VOCAB = 2**31  # ids are int32 on the devices
 
 _BLOCK_BYTES = 2**22
 
@@ -65,6 +66,12 @@ class Manifest:
     tokenizer: TokenizerEntry
     settings: dict[str, Any]  # of the command that made it
     splits: dict[str, SplitEntry]
+
+    @property
+    def end_of_document(self) -> int | None:
+        """The token that every document ends in, if the command appended one."""
+        appended = self.settings["append_end_of_document"]
+        return self.tokenizer.end_of_document if appended else None
 
     @property
     def files(self) -> list[str]:
@@ -150,11 +157,27 @@ def describe_split(
 
 
 def _parse_manifest(content: dict) -> Manifest:
-    splits = {}
     for name in ("settings", "splits"):
         if not isinstance(content[name], dict):
             raise ValueError(f"{name} is no object")
-    for name, split in content["splits"].items():
+    splits = _parse_splits(content["splits"])
+    tokenizer = _parse(TokenizerEntry, content["tokenizer"])
+    manifest = _parse(Manifest, {**content, "tokenizer": tokenizer, "splits": splits})
+    appended = manifest.settings["append_end_of_document"]
+    if not isinstance(appended, bool):
+        raise ValueError(f"append_end_of_document is {appended!r}")
+    if tokenizer.vocab_size > MAX_VOCAB:
+        raise ValueError(f"its vocabulary of {tokenizer.vocab_size} exceeds int32")
+    if manifest.dtype not in ("uint16", "uint32"):
+        raise ValueError(f"dtype is {manifest.dtype!r}")
+    if any(os.path.basename(name) != name for name in manifest.files):
+        raise ValueError("a file name leaves the folder")
+    return manifest
+
+
+def _parse_splits(content: dict) -> dict[str, SplitEntry]:
+    splits = {}
+    for name, split in content.items():
         if name not in ("train", "eval"):
             raise ValueError(f"unknown split {name!r}")
         shards = tuple(_parse(DataFile, shard) for shard in split["shards"])
@@ -165,13 +188,7 @@ def _parse_manifest(content: dict) -> Manifest:
         if entry.num_documents != ends.num_items:
             raise ValueError(f"num_documents of {name} is not that of {ends.name}")
         splits[name] = entry
-    tokenizer = _parse(TokenizerEntry, content["tokenizer"])
-    manifest = _parse(Manifest, {**content, "tokenizer": tokenizer, "splits": splits})
-    if manifest.dtype not in ("uint16", "uint32"):
-        raise ValueError(f"dtype is {manifest.dtype!r}")
-    if any(os.path.basename(name) != name for name in manifest.files):
-        raise ValueError("a file name leaves the folder")
-    return manifest
+    return splits
 
 
 def _parse(cls, content: dict):

@@ -4,8 +4,13 @@
 A packed split has a length (its rows), `read(rows)` and `fill_rate`. Access is random:
 a row depends on its number only, so a position in the data is one number.
 
-A row has T inputs and T targets, so n tokens of a document give n - 1
-predictions and fill n - 1 slots. The first token of a document is never a target.
+A row has T inputs and T targets: each target is the token after its input. Where all
+documents end in one token (`TokenSplit.end_of_document`), that token is the input from
+which the first token of the next document is predicted, in the segment of that document
+and at position 0. The first document has one before it too, so every token is a target
+exactly once, and a document of n tokens fills n slots. Elsewhere the first token of a
+document is no target, and its n tokens fill n - 1 slots or have n - 1 targets.
+
 Positions count from the start of the piece that is visible in the row.
 """
 
@@ -15,6 +20,7 @@ from typing import Literal
 
 import numpy as np
 
+from jaxllm.config import DataConfig
 from jaxllm.data.formats import TokenSplit
 
 BATCH_NAMES = ("tokens", "targets", "segments", "positions")  # arrays of a batch
@@ -23,31 +29,36 @@ Rows = dict[str, np.ndarray]  # of BATCH_NAMES: int32 [rows, T]
 
 @dataclasses.dataclass(frozen=True)
 class ConcatRows:
-    """The token stream split every T tokens; a document may continue in the next row.
-
-    An end-of-document token is an input as well, with target -1: the next token
-    belongs to another document.
-    """
+    """The token stream split every T tokens; a document may go on in the next row."""
 
     split: TokenSplit
     sequence_length: int
     keep_tail: bool  # pad the last row; False drops its tokens
 
+    @property
+    def _before(self) -> int:
+        """Tokens before the stream: 1 where an end-of-document token begins it."""
+        return 0 if self.split.end_of_document is None else 1
+
+    @property
+    def _slots(self) -> int:
+        """Slots of all tokens: inputs that have a token after them."""
+        return max(self.split.num_tokens - 1 + self._before, 0)
+
     def __len__(self) -> int:
-        predictions = max(self.split.num_tokens - 1, 0)
         up = self.sequence_length - 1 if self.keep_tail else 0
-        return (predictions + up) // self.sequence_length
+        return (self._slots + up) // self.sequence_length
 
     @property
     def fill_rate(self) -> float:
         """Returns the share of slots that hold a token."""
         slots = len(self) * self.sequence_length
-        return min(self.split.num_tokens - 1, slots) / slots
+        return min(self._slots, slots) / slots
 
     def read(self, rows: Sequence[int] | np.ndarray) -> Rows:
         """Returns the rows with these numbers, stacked."""
         length = self.sequence_length
-        starts = np.asarray(rows, np.int64) * length
+        starts = np.asarray(rows, np.int64) * length - self._before
         stops = np.minimum(starts + length + 1, self.split.num_tokens)
         windows = np.zeros((len(starts), length + 1), np.int32)
         for window, start, stop in zip(
@@ -57,25 +68,30 @@ class ConcatRows:
 
         index = np.arange(length, dtype=np.int32)
         used = index < (stops - starts - 1)[:, None]
-        begins = self._document_begins(starts)
-        begin = np.maximum.accumulate(np.where(begins[:, :-1], index, 0), axis=1)
-        segments = 1 + np.cumsum(begins[:, :-1], axis=1, dtype=np.int32)
+        begins = self._document_begins(windows, starts)
+        opens = begins[:, self._before : length + self._before].copy()
+        opens[:, 0] = False  # a row begins with segment 1, whatever it begins with
+        begin = np.maximum.accumulate(np.where(opens, index, 0), axis=1)
+        segments = 1 + np.cumsum(opens, axis=1, dtype=np.int32)
+        has_target = used if self._before else used & ~begins[:, 1:]
         return {
             "tokens": np.where(used, windows[:, :-1], 0),
-            "targets": np.where(used & ~begins[:, 1:], windows[:, 1:], -1),
+            "targets": np.where(has_target, windows[:, 1:], -1),
             "segments": np.where(used, segments, 0),
             "positions": np.where(used, index - begin, 0),
         }
 
-    def _document_begins(self, starts: np.ndarray) -> np.ndarray:
+    def _document_begins(self, windows: np.ndarray, starts: np.ndarray) -> np.ndarray:
         """Returns where in each window, after its first token, a document begins."""
-        begins = np.zeros((len(starts), self.sequence_length + 1), bool)
+        begins = np.zeros(windows.shape, bool)
         ends = self.split.document_ends
         if ends is not None:
             first = np.searchsorted(ends, starts, side="right")
             last = np.searchsorted(ends, starts + self.sequence_length, side="right")
             row, which = _ranges(first, last)
             begins[row, ends[which] - starts[row]] = True
+        elif self.split.end_of_document is not None:
+            begins[:, 1:] = windows[:, :-1] == self.split.end_of_document
         return begins
 
 
@@ -83,15 +99,14 @@ class ConcatRows:
 class FittedRows:
     """Whole documents, several per row; only those longer than a row are split.
 
-    A document's last token is a target but no input, because nothing is left to predict
-    from it: no slot is lost between documents. The pieces of a long document overlap by
-    the one token that is the target of one and the first input of the next.
+    The pieces of a long document overlap by the one token that is the target of one and
+    the first input of the next.
     """
 
     split: TokenSplit
     sequence_length: int
-    starts: np.ndarray  # first token of each piece; pieces lie in the order of rows
-    sizes: np.ndarray  # slots of each piece: its tokens less one
+    starts: np.ndarray  # first input of each piece; pieces lie in the order of rows
+    sizes: np.ndarray  # slots of each piece: its inputs
     offsets: np.ndarray  # row i has the pieces from offsets[i] to offsets[i + 1]
 
     def __len__(self) -> int:
@@ -129,6 +144,14 @@ class FittedRows:
 PackedSplit = ConcatRows | FittedRows
 
 
+def pack_all(
+    config: DataConfig, splits: Sequence[TokenSplit], *, keep_tail: bool
+) -> list[PackedSplit]:
+    """Returns the rows of each split, as a config packs them."""
+    length, packing = config.sequence_length, config.packing
+    return [pack(split, length, packing, keep_tail=keep_tail) for split in splits]
+
+
 def pack(
     split: TokenSplit,
     sequence_length: int,
@@ -151,6 +174,24 @@ def pack(
     order = np.argsort(row_of_piece, kind="stable")
     offsets = np.concatenate([[0], np.cumsum(np.bincount(row_of_piece))])
     return FittedRows(split, sequence_length, starts[order], sizes[order], offsets)
+
+
+def row_without_targets(split: TokenSplit, sequence_length: int) -> int | None:
+    """Returns the first row of concat packing in which every target is a first token.
+
+    Only documents of one token that do not end in a common one make such rows.
+    """
+    if split.end_of_document is not None or split.document_ends is None:
+        return None
+    begins = split.document_ends[:-1]
+    breaks = np.flatnonzero(np.diff(begins) != 1) + 1
+    first = begins[np.append(0, breaks)] if len(begins) else begins
+    last = begins[np.append(breaks, len(begins)) - 1] if len(begins) else begins
+    rows = -(
+        -(first - 1) // sequence_length
+    )  # row r has targets r * T + 1 to r * T + T
+    found = rows[(rows + 1) * sequence_length <= last]
+    return int(found[0]) if len(found) else None
 
 
 def best_fit(sizes: np.ndarray, capacity: int) -> np.ndarray:
@@ -203,10 +244,10 @@ def empty_rows(num_rows: int, sequence_length: int) -> Rows:
 def _cut_documents(
     split: TokenSplit, sequence_length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the first token and the slots of each piece, in the order of the text."""
+    """Returns the first input and the slots of each piece, in the order of the text."""
     known = [] if split.document_ends is None else split.document_ends
     ends = np.append(known, split.num_tokens).astype(np.int64)
-    begins = np.append(0, ends[:-1])
+    begins = np.append(0, ends[:-1]) - (split.end_of_document is not None)
     slots = np.maximum(ends - begins - 1, 0)
     document, piece = _ranges(np.zeros_like(slots), -(-slots // sequence_length))
     done = piece * sequence_length

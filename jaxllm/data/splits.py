@@ -1,39 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The token splits of a run: opened, checked against each other, and remembered."""
+"""The token splits of a run: opened, and checked against each other."""
 
+import functools
 import itertools
-import os
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
-
-import numpy as np
+from typing import Any
 
 from jaxllm.config import DataConfig
 from jaxllm.data.formats import TokenSplit, open_tokens
+from jaxllm.data.packing import row_without_targets
+from jaxllm.data.sample import occurrences
+from jaxllm.data.token_file import TokenFile
 from jaxllm.errors import InputError
 
-ORDER_VERSION = 1  # raise it when the same settings begin to give other batches
+_Part = Callable[..., TokenSplit | None]
 
 
-def open_splits(
-    config: DataConfig, split: Literal["train", "eval"]
+def open_train(config: DataConfig) -> tuple[TokenSplit, ...]:
+    """Opens what a run trains on; all that is wrong is one error."""
+    problems: list[str] = []
+    train = _open_all(config.paths, _opener(config, _train_part), problems)
+    problems += _repeated("paths", train) + _tokenizer_problems(train)
+    for split in train:
+        problems += _misfits(config, split, "paths") + _row_problems(config, split)
+    if not problems:
+        problems += _unused(config, train)
+    return _checked(train, problems)
+
+
+def open_held_out(
+    config: DataConfig, train: Sequence[TokenSplit]
 ) -> tuple[TokenSplit, ...]:
-    """Opens what a run trains on or is evaluated on; all that is wrong is one error.
+    """Opens what a run is evaluated on; all that is wrong is one error.
 
-    The eval tokens are those of `config.data.eval_paths`: the held-out part of a token
+    The tokens are those of `config.data.eval_paths`: the held-out part of a token
     folder that has one, else all of it. Without `eval_paths` they are the held-out
     parts that the folders of `config.data.paths` have.
+
+    Args:
+      config: of the data.
+      train: from `open_train`. A short file says what is between its documents where
+        they all say it.
     """
     problems: list[str] = []
-    train = _open_all(config.paths, _open_train, problems)
-    if split == "train":
-        problems += _misfits(config, train) + _tokenizer_problems(train)
-        return _checked(train, problems)
-
-    held_out = (
-        _open_all(config.eval_paths, _open_held_out, problems)
-        if config.eval_paths
-        else _open_all(config.paths, lambda path: open_tokens(path, "eval"), problems)
+    known = {split.end_of_document for split in train}
+    usual = known.pop() if len(known) == 1 else None
+    part = _held_out_or_all if config.eval_paths else _held_out_part
+    held_out = _open_all(
+        config.eval_paths or config.paths, _opener(config, part, usual), problems
     )
     if not held_out and not problems:
         problems.append(
@@ -41,14 +55,45 @@ def open_splits(
             "has a held-out part; give config.data.eval_paths, or make a held-out part "
             "with `python -m jaxllm.tokenize --holdout`, or set config.eval.every=0."
         )
-    problems += _tokenizer_problems(train + held_out) + _leaks(train, held_out)
-    problems += [
-        f"The held-out part of {one.path} has {one.num_tokens} tokens, and nothing to "
-        "predict; hold more out, or give config.data.eval_paths."
-        for one in held_out
-        if _longest_document(one, config) < 2
-    ]
+    problems += _tokenizer_problems([*train, *held_out]) + _leaks(train, held_out)
+    problems += _repeated("eval_paths", held_out)
+    for one in held_out:
+        problems += _misfits(
+            config, one, "eval_paths" if config.eval_paths else "paths"
+        )
+        if not one.num_targets:
+            problems.append(
+                f"The held-out part of {one.path} has {one.num_tokens} tokens, and "
+                "nothing to predict; hold more out, or give config.data.eval_paths."
+            )
     return _checked(held_out, problems)
+
+
+def check_batch(config: DataConfig, num_rows: int):
+    """Refuses batches of more rows than there are: they would have some twice."""
+    if config.batch_size > num_rows:
+        raise InputError(
+            f"config.data.batch_size={config.batch_size} is more than the {num_rows} "
+            f"rows of {config.sequence_length} tokens that config.data.paths have: a "
+            f"batch would have some of them twice; use at most {num_rows}, or more "
+            "text."
+        )
+
+
+def describe_documents(split: TokenSplit) -> str | None:
+    """Returns what a user should know of how documents are found, if anything."""
+    last = split.end_of_document
+    if last is None:
+        return (
+            f"{split.path}: its documents do not end in one token, so the first token "
+            "of each is never a target, and the model cannot begin a document."
+        )
+    if split.document_ends is None:
+        return (
+            f"{split.path}: token {last} is taken for what is between documents; "
+            "another one can be named with config.data.end_of_document."
+        )
+    return None
 
 
 def check_vocab(splits: Sequence[TokenSplit], vocab_size: int):
@@ -67,41 +112,15 @@ def check_vocab(splits: Sequence[TokenSplit], vocab_size: int):
     _checked(splits, problems)
 
 
-def data_fingerprint(
-    config: DataConfig, splits: Sequence[TokenSplit]
-) -> dict[str, Any]:
-    """Returns what, with the seed, decides every batch; it can be written as JSON.
-
-    Tokens are known by their content: a file may be moved without being another.
-    """
-    tokenizers = sorted({split.tokenizer for split in splits if split.tokenizer})
-    return {
-        "order_version": ORDER_VERSION,
-        "config.data.paths": [split.fingerprint for split in splits],
-        "config.data.weights": list(config.weights),
-        "config.data.sequence_length": config.sequence_length,
-        "config.data.batch_size": config.batch_size,
-        "config.data.packing": config.packing,
-        "config.data.shuffle": config.shuffle,
-        "tokenizer": tokenizers,
-    }
-
-
-def describe_change(old: dict[str, Any], new: dict[str, Any]) -> str | None:
-    """Returns why two fingerprints give different batches; None if they do not."""
-    changed = [name for name in old | new if old.get(name) != new.get(name)]
-    if not changed:
-        return None
-    changes = []
-    for name in changed:
-        was, now = old.get(name), new.get(name)
-        if name == "config.data.paths":
-            changes.append(_describe_paths(was or [], now or []))
-        else:
-            changes.append(f"{name} was {_show(was)} and is now {_show(now)}")
-    return (
-        f"{'; '.join(changes)}: the batches would not be those of the run so far. "
-        "Give it back its old value, or start in another --workdir."
+def _opener(
+    config: DataConfig, part: _Part, usual: int | None = None
+) -> Callable[[str], TokenSplit | None]:
+    """Returns what opens a part of a path, as the config says to read it."""
+    named = config.end_of_document
+    return functools.partial(
+        part,
+        raw_dtype=config.raw_dtype,
+        end_of_document=usual if named is None else named,
     )
 
 
@@ -119,8 +138,8 @@ def _open_all(
     return tuple(split for split in opened if split is not None)
 
 
-def _open_train(path: str) -> TokenSplit:
-    split = open_tokens(path, "train")
+def _train_part(path: str, **reading: Any) -> TokenSplit:
+    split = open_tokens(path, "train", **reading)
     if split is None:
         raise InputError(
             f"{path} in config.data.paths has no training part, only a held-out one; "
@@ -129,9 +148,13 @@ def _open_train(path: str) -> TokenSplit:
     return split
 
 
-def _open_held_out(path: str) -> TokenSplit | None:
-    held_out = open_tokens(path, "eval")
-    return open_tokens(path, "train") if held_out is None else held_out
+def _held_out_part(path: str, **reading: Any) -> TokenSplit | None:
+    return open_tokens(path, "eval", **reading)
+
+
+def _held_out_or_all(path: str, **reading: Any) -> TokenSplit | None:
+    held_out = open_tokens(path, "eval", **reading)
+    return open_tokens(path, "train", **reading) if held_out is None else held_out
 
 
 def _checked(splits: Sequence[TokenSplit], problems: list[str]):
@@ -140,35 +163,69 @@ def _checked(splits: Sequence[TokenSplit], problems: list[str]):
     return tuple(splits)
 
 
-def _misfits(config: DataConfig, splits: Sequence[TokenSplit]) -> list[str]:
-    """Returns what keeps splits from being packed into rows for training."""
-    problems = []
+def _misfits(config: DataConfig, split: TokenSplit, setting: str) -> list[str]:
+    """Returns why the documents of a split are not found as the config needs them."""
+    if split.document_ends is not None:
+        return []
+    if config.packing == "best_fit":
+        return [
+            "config.data.packing=best_fit needs to know where documents end, and "
+            f"{split.path} does not list that; use config.data.packing=concat."
+        ]
+    if split.end_of_document is None and not config.cross_document_attention:
+        return [
+            f"{split.path} in config.data.{setting} does not say where documents end: "
+            "name the token between them with config.data.end_of_document, or, for one "
+            "document or attention over all of them, set "
+            "config.data.cross_document_attention=true."
+        ]
+    named = config.end_of_document
+    if named is not None and setting == "paths":
+        if not occurrences(split.num_tokens, split.slice, named)[0]:
+            return [
+                f"config.data.end_of_document={named} is not among the tokens of "
+                f"{split.path} that were looked at (256 blocks of 4096); name the one "
+                "that is between its documents."
+            ]
+    return []
+
+
+def _row_problems(config: DataConfig, split: TokenSplit) -> list[str]:
+    """Returns what keeps a split from being packed into rows that teach something."""
+    if not split.num_targets:
+        return [
+            f"{split.path} in config.data.paths has no document of 2 tokens or more, "
+            "and so nothing to predict; tokenize longer documents."
+        ]
+    if config.packing == "best_fit":
+        return []
     length = config.sequence_length
-    for split in splits:
-        if config.packing == "best_fit":
-            if split.document_ends is None:
-                problems.append(
-                    "config.data.packing=best_fit needs to know where documents end, "
-                    f"and {split.path} does not say; use config.data.packing=concat."
-                )
-            elif _longest_document(split, config) < 2:
-                problems.append(
-                    f"{split.path} in config.data.paths has no document of 2 tokens or "
-                    "more, and so nothing to predict; tokenize longer documents."
-                )
-        elif split.num_tokens <= length:
-            problems.append(
-                f"config.data.sequence_length={length} needs {length + 1} tokens for "
-                f"one row (its inputs and the last target), and {split.path} has "
-                f"{split.num_tokens}; use at most {split.num_tokens - 1}, or more text."
-            )
-    return problems
+    slots = split.num_tokens - (split.end_of_document is None)
+    if slots < length:
+        return [
+            f"config.data.sequence_length={length} needs "
+            f"{length + split.num_tokens - slots} tokens for one row, and "
+            f"{split.path} has {split.num_tokens}; use at most {slots}, or more text."
+        ]
+    row = row_without_targets(split, length)
+    if row is None:
+        return []
+    return [
+        f"{split.path} in config.data.paths has only documents of one token from token "
+        f"{row * length} to {(row + 1) * length}, a row with nothing to predict; use "
+        "config.data.packing=best_fit, which leaves them out."
+    ]
 
 
-def _longest_document(split: TokenSplit, config: DataConfig) -> int:
-    if config.packing == "concat" or split.document_ends is None:
-        return split.num_tokens
-    return int(np.diff(split.document_ends, prepend=0).max(initial=0))
+def _unused(config: DataConfig, splits: Sequence[TokenSplit]) -> list[str]:
+    """Returns that settings for raw files are given where none is read."""
+    named = config.end_of_document
+    if named is None or any(split.document_ends is None for split in splits):
+        return []
+    return [
+        f"config.data.end_of_document={named} is for files that do not list their "
+        "documents, and all of config.data.paths do; leave it out."
+    ]
 
 
 def _tokenizer_problems(splits: Sequence[TokenSplit]) -> list[str]:
@@ -200,20 +257,14 @@ def _leaks(train: Sequence[TokenSplit], held_out: Sequence[TokenSplit]) -> list[
     ]
 
 
-def _files(split: TokenSplit) -> set[str]:
-    arrays = [array for shard in split.shards for array in (shard, shard.base)]
-    maps = [array for array in arrays if isinstance(array, np.memmap)]
-    return {os.path.realpath(array.filename) for array in maps if array.filename}
+def _repeated(setting: str, splits: Sequence[TokenSplit]) -> list[str]:
+    return [
+        f"config.data.{setting} has the tokens of {one.path} twice, as {other.path} "
+        "too; name them once: config.data.weights gives a path more weight in training."
+        for one, other in itertools.combinations(splits, 2)
+        if one.fingerprint == other.fingerprint or _files(one) & _files(other)
+    ]
 
 
-def _describe_paths(old: list[str], new: list[str]) -> str:
-    if len(old) != len(new):
-        return f"config.data.paths was {len(old)} paths and is now {len(new)}"
-    numbers = [str(i) for i in range(len(old)) if old[i] != new[i]]
-    if sorted(old) == sorted(new):
-        return f"config.data.paths has another order, at {', '.join(numbers)}"
-    return f"the tokens of config.data.paths changed, at {', '.join(numbers)}"
-
-
-def _show(value: Any) -> str:
-    return "none" if value is None or value == [] else str(value)
+def _files(split: TokenSplit) -> set[tuple[int, int]]:
+    return {shard.identity for shard in split.shards if isinstance(shard, TokenFile)}

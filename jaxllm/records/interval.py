@@ -63,13 +63,14 @@ class LateMetrics:
 class Interval:
     """The steps since the last log record.
 
+    Its tokens a second are those with a target: padding is no work that is useful.
+
     Args:
-      tokens: in the batch of a step.
       mfu: for the devices and the model of the run.
     """
 
-    def __init__(self, tokens: int, mfu: MFU):
-        self._tokens, self._mfu = tokens, mfu
+    def __init__(self, mfu: MFU):
+        self._mfu = mfu
         self._late = LateMetrics()
         self._steps: list[Record] = []
         self._began_at_s = self._read_at_s = time.perf_counter()
@@ -122,13 +123,14 @@ class Interval:
         last = steps[-1]
         step_s = math.fsum(values["step_s"] for values in steps) / len(steps)
         wait_s = math.fsum(values["data_wait_s"] for values in steps) / len(steps)
-        mfu = self._mfu(self._tokens / step_s)
+        tokens = math.fsum(values["num_targets"] for values in steps) / len(steps)
+        mfu = self._mfu(tokens / step_s)
         memory_bytes = device_memory_bytes()
         return {
             **{name: last[name] for name in _LAST},
             **{name: v for name, v in last.items() if name.startswith(_ROUTER)},
             **counts,
-            "tokens_per_s": self._tokens / step_s,
+            "tokens_per_s": tokens / step_s,
             "mfu": math.nan if mfu is None else mfu,  # null in metrics.jsonl
             "step_s": step_s,
             "data_wait_s": wait_s,

@@ -13,7 +13,7 @@ import sharding
 from jaxllm.config import Config
 from jaxllm.plan.cost import choices
 from jaxllm.plan.room import check_parameters
-from jaxllm.run.data import open_eval_batches
+from jaxllm.run.data import open_run_data
 from jaxllm.run.saved_model import Which, load_params
 from jaxllm.step import compile_eval, prepare
 
@@ -25,7 +25,7 @@ def evaluate(
 
     Args:
       eval_step: from `compile_eval`.
-      batches: from `open_eval_batches`.
+      batches: from `RunData.eval_batches`.
     """
     sums = []
     for batch in batches:
@@ -47,7 +47,7 @@ def evaluate_run(workdir: Path, config: Config, which: Which) -> dict[str, float
     setup = prepare(config, mesh)
     check_parameters(setup)
     choices(setup)  # refuses what this machine's devices cannot do
-    with open_eval_batches(setup) as batches:
+    with open_run_data(setup).eval_batches() as batches:
         params = setup.abstract_state.params
         step, params = load_params(workdir, config, which, params)
         return {"step": step, **evaluate(compile_eval(setup), params, batches)}

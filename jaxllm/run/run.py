@@ -18,7 +18,7 @@ from jaxllm.records.interval import Interval
 from jaxllm.records.ledger import Ledger
 from jaxllm.records.metrics import MetricsWriter, Record
 from jaxllm.run.anomalies import Anomalies, Rewind
-from jaxllm.run.data import open_eval_batches
+from jaxllm.run.data import RunData
 from jaxllm.run.evaluation import evaluate
 from jaxllm.run.saves import Saved, Saves
 from jaxllm.run.transfers import ExplicitTransfers
@@ -57,6 +57,7 @@ class Run:
     """
 
     setup: Setup
+    data: RunData
     saves: Saves
     anomalies: Anomalies
     open_streams: Callable[[int, Sequence[int]], Streams]
@@ -83,7 +84,7 @@ class Run:
         """Yields the loss on held-out tokens before the update of a step."""
         yield from self._flush()
         assert self.eval_step is not None, "`open_run` compiles it if eval.every is set"
-        with self.phases("eval"), open_eval_batches(self.setup) as batches:
+        with self.phases("eval"), self.data.eval_batches() as batches:
             each = self.phases.each(batches)
             result = evaluate(self.eval_step, state.params, each)
         self.evaluated = {step: result}
@@ -100,13 +101,18 @@ class Run:
             self.saves.save(saved, self.check, metrics=self.evaluated.get(step))
         self.ledger.write()
 
-    def next_batch(self, step: int) -> Batch:
-        """Returns the batch of a step, which begins here."""
+    def next_batch(self, step: int, should_stop: Callable[[], bool]) -> Batch | None:
+        """Returns the batch of a step, which begins here; None: asked to stop first.
+
+        One process of several waits on: the others may be in that step already.
+        """
+        if jax.process_count() > 1:
+            should_stop = _never
         self.profiler.before(step, self.state)
         self.phases.step = step + 1
         interval = self.streams.interval
         with self.phases("data_wait"), interval.data_wait():
-            batch = next(self.streams.batches)
+            batch = self.streams.batches.wait(should_stop)
         self.stragglers.add(interval.own_s)
         return batch
 
@@ -202,3 +208,7 @@ class Run:
             _log.warning("%s", anomaly)
         if anomaly.action == "rewind":
             raise Rewind(anomaly)
+
+
+def _never() -> bool:
+    return False

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from jaxllm.checkpoint import Checkpoints
-from jaxllm.data.splits import describe_change
+from jaxllm.data.fingerprint import describe_change
 from jaxllm.errors import InputError
 from jaxllm.step import Setup, TrainState, init_state
 
@@ -33,6 +33,7 @@ class Saves:
     setup: Setup
     checkpoints: Checkpoints
     data: dict[str, Any]  # fingerprint of the training data, in each checkpoint
+    eval_data: str | None  # of the held-out data: losses on others are not compared
 
     def newest(self) -> Saved:
         """Returns the newest intact checkpoint, or the initial state without any.
@@ -93,6 +94,7 @@ class Saves:
         data = {
             "next_step": saved.step,
             "batches": self.data,
+            "eval": self.eval_data,
             "anomalies": saved.anomalies,
         }
         self.checkpoints.save(saved.step, saved.state, data, metrics=metrics)

@@ -28,7 +28,7 @@ from jaxllm.records.interval import Interval
 from jaxllm.records.ledger import Ledger
 from jaxllm.records.metrics import MetricsWriter, check_loggers
 from jaxllm.run.anomalies import Anomalies
-from jaxllm.run.data import TrainData, open_eval_batches, open_train_data
+from jaxllm.run.data import RunData, open_run_data, open_train_data
 from jaxllm.run.run import Run, Streams
 from jaxllm.run.saved_model import save_tokenizer
 from jaxllm.run.saves import Saved, Saves
@@ -75,7 +75,7 @@ def open_run(
         if config.kernels.self_check:
             check_kernels(config, setup.mesh)
         _check_steps(config, num_saved, profile_steps)
-        saves = Saves(setup, checkpoints, data.fingerprint)
+        saves = Saves(setup, checkpoints, data.fingerprint, data.eval_fingerprint)
         with phases("restore" if checkpoints.steps() else "start"):
             saved = saves.newest()
         ledger.begin(saved.step)
@@ -92,7 +92,7 @@ def open_run(
                 raise
 
 
-def _check(config: Config) -> tuple[Setup, TrainData, str]:
+def _check(config: Config) -> tuple[Setup, RunData, str]:
     """Returns the plan of a run, its tokens, and what is said of both at its start.
 
     All that the run will read is opened: what is wrong is refused now, not in an hour.
@@ -101,14 +101,12 @@ def _check(config: Config) -> tuple[Setup, TrainData, str]:
     check_training(setup)
     report = f"{describe()}\n{cost_report(setup)}\n{choices(setup)}"
     check_loggers(config.logging)
-    data = open_train_data(setup)
-    if config.eval.every:
-        open_eval_batches(setup).close()
+    data = open_run_data(setup) if config.eval.every else open_train_data(setup)
     return setup, data, report
 
 
 def _assemble(
-    data: TrainData,
+    data: RunData,
     saves: Saves,
     saved: Saved,
     ledger: Ledger,
@@ -132,6 +130,7 @@ def _assemble(
     open_streams = functools.partial(_open_streams, data, workdir)
     return Run(
         setup=setup,
+        data=data,
         saves=saves,
         anomalies=anomalies,
         step=step,
@@ -151,7 +150,7 @@ def _assemble(
 
 
 def _open_streams(
-    data: TrainData, workdir: Path, step: int, left_out: Sequence[int]
+    data: RunData, workdir: Path, step: int, left_out: Sequence[int]
 ) -> Streams:
     setup, config = data.setup, data.setup.config
     length = config.data.sequence_length
@@ -164,7 +163,7 @@ def _open_streams(
     writer = MetricsWriter(
         workdir, config.logging, run_name=workdir.name, resume_step=step
     )
-    interval = Interval(config.data.batch_size * length, mfu)
+    interval = Interval(mfu)
     return Streams(data.batches(step, left_out), writer, interval)
 
 

@@ -29,7 +29,7 @@ def test_what_does_not_fit_is_refused_with_both_numbers():
     with pytest.raises(InputError) as caught:
         check_room("x=9 (rows)", 3_200_000_000, 1_000_000, "use at most 2")
     assert str(caught.value) == (
-        "x=9 (rows) needs 3.2 GB of memory, and there are 1 MB; use at most 2."
+        "x=9 (rows) needs 3.2 GB of memory, and there are 1 MB for that; use at most 2."
     )
 
 

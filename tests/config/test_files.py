@@ -204,7 +204,7 @@ def test_the_flat_config_and_its_text_are_overrides_that_make_it():
     other = Config(
         steps=1,
         model=presets.qwen3_0_6b(),
-        data=DataConfig(paths=("c",), sequence_length=1, batch_size=1),
+        data=DataConfig(paths=("c",), sequence_length=2, batch_size=1),
         optimizer=OptimizerConfig(lr=1.0, clip_norm=None),
     )
     flat = flatten(CONFIG)

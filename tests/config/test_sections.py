@@ -40,7 +40,8 @@ REFUSED = {
     "config.model.windows": (0, 0, 0),
     "config.data.paths": (),
     "config.data.weights": (1.0,),
-    "config.data.sequence_length": 0,
+    "config.data.sequence_length": 1,
+    "config.data.end_of_document": -1,
     "config.data.batch_size": 0,
     "config.data.prefetch": 0,
     "config.mesh.data": 0,
@@ -126,6 +127,26 @@ def test_each_weight_must_be_positive(weights):
         override(CONFIG, {"data.weights": weights})
 
 
+@pytest.mark.parametrize("name", ["paths", "eval_paths"])
+def test_a_path_is_named_once(name):
+    with pytest.raises(
+        InputError, match=rf"config\.data\.{name} names a more than once"
+    ):
+        override(CONFIG, {f"data.{name}": ("a", "b", "a")})
+
+
+@pytest.mark.parametrize("weights", [(1e308, 1.0), (1e308, 1e308, 1.0), (1.0, 1e-4)])
+def test_a_weight_that_gives_no_row_is_refused(weights):
+    paths = tuple(f"path-{i}" for i in range(len(weights)))
+    with pytest.raises(InputError, match=f"leaves no row of {paths[-1]} among"):
+        override(CONFIG, {"data.paths": paths, "data.weights": weights})
+
+
+def test_weights_count_in_proportion_whatever_their_size():
+    paths = {"data.paths": ("a", "b"), "data.weights": (1e308, 1e308)}
+    assert override(CONFIG, paths).data.weights == (1e308, 1e308)
+
+
 def test_negative_windows_are_refused():
     with pytest.raises(InputError, match="windows"):
         override(CONFIG, {"model.windows": (-1,)})
@@ -151,7 +172,7 @@ def test_every_setting_says_what_it_means():
 
 
 def test_there_are_about_80_settings_at_most():
-    assert len(settings()) <= 84
+    assert len(settings()) <= 86
 
 
 MOE_REFUSED = {

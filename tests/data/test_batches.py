@@ -13,12 +13,14 @@ import pytest
 
 from jaxllm.config import DataConfig
 from jaxllm.data import batches as batches_module
-from jaxllm.data.batches import eval_batches, load_batches
+from jaxllm.data.batches import check_memory
 from jaxllm.data.formats import TokenSplit
+from jaxllm.data.packing import pack_all
 from jaxllm.errors import InputError
 from sharding import Placement
 
 LENGTH, BATCH = 16, 8
+END = 2**30  # the token before the first document
 NAMES = ("tokens", "targets", "segments", "positions")
 
 
@@ -29,6 +31,7 @@ def make_split(num_documents=60, *, first_token=0, seed=0) -> TokenSplit:
         path=f"tokens-{first_token}",
         shards=(first_token + np.arange(ends[-1], dtype=np.int32),),
         document_ends=ends,
+        end_of_document=END,
         vocab_size=2**31,
         vocab_known=False,
         fingerprint=f"{first_token}",
@@ -48,6 +51,16 @@ def make_config(num_paths=1, **settings) -> DataConfig:
             **settings,
         }
     )
+
+
+def load_batches(config, splits, **options):
+    packed = pack_all(config, splits, keep_tail=False)
+    return batches_module.load_batches(config, packed, **options)
+
+
+def eval_batches(config, splits, **options):
+    packed = pack_all(config, splits, keep_tail=True)
+    return batches_module.eval_batches(config, packed, **options)
 
 
 def take(config, splits, steps, *, seed=0, sharding=None, start=0):
@@ -170,7 +183,7 @@ def test_a_host_reads_the_rows_of_its_devices_and_no_others(name, num_hosts):
 def test_an_epoch_trains_on_every_row_once_and_the_next_in_another_order(packing):
     config = make_config(batch_size=1, packing=packing)
     in_order = make_config(batch_size=1, packing=packing, shuffle=False)
-    num_rows = len(batches_module._pack(config, SPLITS[0], keep_tail=False))
+    num_rows = len(pack_all(config, SPLITS[:1], keep_tail=False)[0])
     both = stack(take(config, SPLITS[:1], 2 * num_rows))
     first, second = both["tokens"][:num_rows], both["tokens"][num_rows:]
     expected = stack(take(in_order, SPLITS[:1], num_rows))["tokens"]
@@ -194,10 +207,9 @@ def test_an_evaluation_takes_every_prediction_once(packing):
     taken = rows["targets"] >= 0
     found = list(zip(rows["tokens"][taken], rows["targets"][taken], strict=True))
     expected = {
-        (int(token), int(token) + 1)
+        tuple(split.slice(at - 1, at + 1).tolist())
         for split in SPLITS
-        for token in split.slice(0, split.num_tokens)
-        if token + 1 - split.slice(0, 1)[0] not in split.document_ends
+        for at in range(split.num_tokens)
     }
     assert len(found) == len(set(found))
     assert set(found) == expected
@@ -304,10 +316,12 @@ def test_a_program_may_end_without_closing_its_batches(tmp_path):
     program = f"""
 from jaxllm.config import DataConfig
 from jaxllm.data.batches import load_batches
-from jaxllm.data.splits import open_splits
+from jaxllm.data.packing import pack_all
+from jaxllm.data.splits import open_train
 config = DataConfig(paths=({str(tmp_path / "train.bin")!r},), sequence_length=16,
-                    batch_size=4)
-batches = load_batches(config, open_splits(config, "train"), seed=0, sharding=None)
+                    batch_size=4, end_of_document=7)
+packed = pack_all(config, open_train(config), keep_tail=False)
+batches = load_batches(config, packed, seed=0, sharding=None)
 print(next(batches)["tokens"].shape)
 """
     ended = subprocess.run(
@@ -317,3 +331,74 @@ print(next(batches)["tokens"].shape)
         timeout=120,
     )
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "(4, 16)\n", "")
+
+
+class Slow(list):
+    """Steps whose batches come only when they are let."""
+
+    def __init__(self, number):
+        super().__init__(range(number))
+        self.let = threading.Event()
+
+    def __getitem__(self, index):
+        assert self.let.wait(30)
+        return super().__getitem__(index)
+
+
+def test_a_stop_is_heard_while_a_batch_is_waited_for():
+    steps: Any = Slow(3)
+    with batches_module.Batches(steps, 0, 1) as batches:
+        asked = []
+        assert batches.wait(lambda: bool(asked.append(0)) or len(asked) > 2) is None
+        assert len(asked) == 3
+        steps.let.set()
+        assert [*batches] == [0, 1, 2]
+        assert [*batches] == []
+
+
+def test_an_error_of_the_thread_is_raised_where_the_batch_is_taken():
+    steps: Any = Slow(3)
+    steps.let.wait = lambda limit_s: False
+    with batches_module.Batches(steps, 0, 1) as batches:
+        with pytest.raises(AssertionError):
+            next(batches)
+        with pytest.raises(StopIteration):
+            next(batches)
+
+
+def test_a_program_may_end_while_a_read_hangs(tmp_path):
+    program = """
+import threading, time
+from jaxllm.data import batches
+batches._LEAVE_S = 0.2
+class Hangs(list):
+    def __getitem__(self, index):
+        threading.Event().wait()
+made = batches.Batches(Hangs([0]), 0, 1)
+assert made.wait(lambda: True) is None
+"""
+    ended = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("place", [None, "rows"])
+@pytest.mark.parametrize(
+    "settings, remedy",
+    [
+        ({"prefetch": 10**9}, r"use config\.data\.prefetch=\d+ or less"),
+        ({"batch_size": 2**40}, r"lower config\.data\.batch_size"),
+    ],
+)
+def test_batches_that_no_memory_can_hold_are_refused(settings, remedy, place):
+    sharding = make_sharding(place) if place else None
+    check_memory(make_config(), sharding)
+    with pytest.raises(InputError, match=remedy) as caught:
+        check_memory(make_config(**settings), sharding)
+    (value,) = settings.values()
+    assert str(value) in str(caught.value)
+    assert "B of memory, and there are" in str(caught.value)

@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every token file format is read as its publisher wrote it, or refused by name."""
 
+import dataclasses
 import json
+import os
+import shutil
 import struct
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxllm.data.formats import TokenSplit, open_tokens, verify
+from jaxllm.data.sample import looks_like_uint32
+from jaxllm.data.token_file import check_ends
 from jaxllm.errors import InputError
 from jaxllm.text.token_folder import TokenSettings, make_token_folder
 
@@ -21,6 +28,7 @@ def make_split(shards) -> TokenSplit:
         path="x",
         shards=tuple(np.array(shard, np.uint16) for shard in shards),
         document_ends=None,
+        end_of_document=None,
         vocab_size=2**16,
         vocab_known=False,
         fingerprint="",
@@ -93,6 +101,16 @@ def test_a_slice_beyond_the_tokens_is_an_error(start, stop):
         make_split([[1, 2], [3, 4]]).slice(start, stop)
 
 
+def test_the_end_of_a_document_is_before_the_first_token():
+    split = dataclasses.replace(make_split([[1, 2], [3, 4]]), end_of_document=9)
+    assert split.slice(-1, 3).tolist() == [9, 1, 2, 3]
+    assert split.slice(-1, 0).tolist() == [9]
+    assert split.slice(-1, -1).tolist() == []
+    for start in (-2, 5):
+        with pytest.raises(IndexError):
+            split.slice(start, 5)
+
+
 def test_nanogpt_files_are_raw_uint16(tmp_path):
     (tmp_path / "train.bin").write_bytes(TOKENS.astype("<u2").tobytes())
     split = open_train(tmp_path / "train.bin")
@@ -126,6 +144,131 @@ def test_megatron_pairs_know_their_documents(tmp_path, code, dtype, name):
     np.testing.assert_array_equal(split.slice(0, 6), [1, 2, 3, 4, 5, 6])
     assert split.document_ends is not None
     np.testing.assert_array_equal(split.document_ends, [3, 6])
+    assert split.end_of_document is None  # 3 and 6
+    write_megatron(path, [[1, 6], [], [4], [6]], [0, 1, 2, 4], code=code, dtype=dtype)
+    split = open_train(tmp_path / name)
+    assert split.document_ends is not None
+    assert split.document_ends.tolist() == [2, 4]  # without the empty one
+    assert split.end_of_document == 6
+
+
+@pytest.mark.parametrize(
+    "number, usual, write",
+    [
+        (50256, 50256, lambda path, ids: ids.astype("<u2").tofile(path)),
+        (50257, None, lambda path, ids: ids.astype("<u2").tofile(path)),  # no GPT-2
+        (50255, None, lambda path, ids: ids.astype("<u2").tofile(path)),
+        (50256, 50256, write_llmc),
+        (
+            128000,
+            128000,
+            lambda path, ids: write_llmc(
+                path, ids, magic=20240801, version=7, dtype="<u4"
+            ),
+        ),
+    ],
+)
+def test_the_usual_token_between_documents_is_found_where_it_occurs(
+    tmp_path, number, usual, write
+):
+    ids = np.append(TOKENS, [number, 50256 if number == 50257 else 0])
+    write(tmp_path / "x.bin", ids)
+    split = open_train(tmp_path / "x.bin")
+    assert (split.end_of_document, split.document_ends) == (usual, None)
+    named = open_tokens(str(tmp_path / "x.bin"), "train", end_of_document=5)
+    assert named is not None and named.end_of_document == 5
+
+
+@pytest.mark.parametrize("number", [0, 3 * 4096 + 7, 511 * 4096 + 4095])
+def test_a_changed_token_is_noticed_where_it_was_sampled(tmp_path, number):
+    tokens = np.random.default_rng(0).integers(0, 99, 512 * 4096).astype("<u2")
+    before = write_and_open(tmp_path, tokens)
+    sampled = any(
+        number in range(start, start + 4096)
+        for start in (2 * (511 * 4096 * block // 255 // 2) for block in range(256))
+    )
+    tokens[number] += 1
+    assert (write_and_open(tmp_path, tokens) != before) == sampled
+
+
+def write_and_open(folder, tokens) -> str:
+    tokens.tofile(folder / "x.bin")
+    return open_train(folder / "x.bin").fingerprint
+
+
+def test_a_token_folder_that_changed_has_another_fingerprint(token_folder, tmp_path):
+    before = open_train(token_folder).fingerprint
+    moved = shutil.move(token_folder, tmp_path / "moved")
+    assert open_train(moved).fingerprint == before
+    for name, content in (("train-00001.bin", b"zz"), ("train-ends.bin", b"\1")):
+        path = Path(moved) / name
+        whole = path.read_bytes()
+        path.write_bytes(content + whole[len(content) :])
+        assert open_train(moved).fingerprint != before
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    "ends", [b"\xff" * 24, [6, 6, 19], [0, 6, 19], [6, 17, 20], [17, 6, 19]]
+)
+def test_ends_of_documents_that_cannot_be_are_damage(token_folder, ends):
+    path = token_folder / "train-ends.bin"
+    assert np.fromfile(path, "<i8").tolist() == [6, 17, 19]
+    path.write_bytes(ends if isinstance(ends, bytes) else np.array(ends, "<i8"))
+    with pytest.raises(InputError, match=r"train-ends\.bin is damaged: .* up to 19"):
+        open_train(token_folder)
+
+
+def test_ten_million_ends_are_checked_at_once():
+    ends = np.arange(1, 10_000_001, dtype=np.int64) * 7
+    began_at_s = time.perf_counter()
+    check_ends("x", ends, 70_000_000, empty=False)
+    assert time.perf_counter() - began_at_s < 0.5  # 0.03 s on a machine that is idle
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(2, 2**16), st.floats(0, 20))
+def test_a_stream_of_uint16_is_never_taken_for_uint32(seed, vocab_size, skew):
+    rng = np.random.default_rng(seed)
+    ids = (rng.random(3000) ** (1 + skew) * vocab_size).astype(np.uint16)
+    rng.shuffle(kinds := np.arange(vocab_size, dtype=np.uint16))
+    for stream in (ids, kinds[ids], np.sort(ids), np.repeat(ids, 2), ids[:130]):
+        assert not looks_like_uint32(len(stream), make_split([stream]).slice)
+
+
+@pytest.mark.parametrize("vocab_size", [300, 32_000, 128_256, 262_144])
+def test_raw_uint32_is_refused_and_read_when_named(tmp_path, vocab_size):
+    tokens = np.random.default_rng(0).integers(0, vocab_size, 5000)
+    tokens.astype("<u4").tofile(tmp_path / "x.bin")
+    with pytest.raises(InputError, match=r"config\.data\.raw_dtype=uint32"):
+        open_train(tmp_path / "x.bin")
+    split = open_tokens(str(tmp_path / "x.bin"), "train", raw_dtype="uint32")
+    assert split is not None
+    np.testing.assert_array_equal(split.slice(0, 5000), tokens)
+    split = open_tokens(str(tmp_path / "x.bin"), "train", raw_dtype="uint16")
+    assert split is not None and split.num_tokens == 10_000
+
+
+def test_an_id_beyond_int32_is_an_error(tmp_path):
+    np.array([5, 2**32 - 1], "<u4").tofile(tmp_path / "x.bin")
+    with pytest.raises(InputError, match=r"x\.bin has the token 4294967295"):
+        open_tokens(str(tmp_path / "x.bin"), "train", raw_dtype="uint32")
+
+
+def test_a_file_that_is_cut_off_in_use_is_one_error(tmp_path):
+    (tmp_path / "x.bin").write_bytes(TOKENS.astype("<u2").tobytes())
+    split = open_train(tmp_path / "x.bin")
+    os.truncate(tmp_path / "x.bin", 1000)
+    np.testing.assert_array_equal(split.slice(0, 500), TOKENS[:500])
+    with pytest.raises(InputError, match=r"x\.bin was cut off .* ends at byte 1000"):
+        split.slice(400, 600)
+
+
+def test_a_file_that_is_replaced_in_use_is_read_as_it_was(tmp_path):
+    (tmp_path / "x.bin").write_bytes(TOKENS.astype("<u2").tobytes())
+    split = open_train(tmp_path / "x.bin")
+    (tmp_path / "y.bin").write_bytes(b"")
+    (tmp_path / "y.bin").replace(tmp_path / "x.bin")
+    np.testing.assert_array_equal(split.slice(0, 1000), TOKENS)
 
 
 def test_a_folder_of_others_has_their_val_files_as_eval(tmp_path):
@@ -163,16 +306,9 @@ def test_a_token_folder_gives_back_its_text_and_boundaries(token_folder):
     assert bytes(split.slice(first, second - 1).tolist()) == b"second one"
     assert split.slice(third - 1, third).tolist() == [256]
     assert (split.vocab_size, split.vocab_known) == (257, True)
+    assert split.end_of_document == 256
     assert open_tokens(str(token_folder), "eval") is None
     verify(str(token_folder))
-
-
-def test_tokens_are_mapped_read_only(token_folder):
-    split = open_train(token_folder)
-    assert split.document_ends is not None
-    for array in (*split.shards, split.document_ends):
-        with pytest.raises(ValueError, match="read-only"):
-            array[0] = 1
 
 
 @pytest.mark.parametrize("name", ["train-00001.bin", "train-ends.bin"])
@@ -230,6 +366,11 @@ def change_manifest(*keys, value):
             "damaged: a file name leaves the folder",
         ),
         (change_manifest("tokenizer", "vocab_size", value=-1), "vocab_size is -1"),
+        (change_manifest("tokenizer", "vocab_size", value=2**32), "exceeds int32"),
+        (
+            change_manifest("settings", "append_end_of_document", value=None),
+            "append_end_of_document is None",
+        ),
         (change_manifest("tokenizer", "more", value=1), "should have the keys"),
     ],
 )

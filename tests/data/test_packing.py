@@ -10,15 +10,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxllm.data.formats import TokenSplit
-from jaxllm.data.packing import best_fit, pack
+from jaxllm.data.packing import best_fit, pack, row_without_targets
 
 DOCUMENTS = st.lists(st.integers(1, 30), min_size=1, max_size=25)
 LENGTHS = st.integers(1, 20)
 PACKINGS = st.sampled_from(["concat", "best_fit"])
 
 
-def make_split(documents, *, boundaries=True) -> TokenSplit:
-    """Makes tokens 0, 1, 2, ..., so that a token says where it comes from."""
+END = 9999  # the token that documents end in, where they end in one
+LAST = st.sampled_from([None, END])
+
+
+def make_split(documents, *, boundaries=True, end: int | None = None) -> TokenSplit:
+    """Makes tokens 0, 1, 2, ..., so that a token says where it comes from.
+
+    The token before the stream is END, which none of them is.
+    """
     ends = np.cumsum(documents)
     tokens = np.arange(ends[-1], dtype=np.uint16)
     cut = len(tokens) // 3
@@ -26,6 +33,7 @@ def make_split(documents, *, boundaries=True) -> TokenSplit:
         path="counted",
         shards=tuple(shard for shard in (tokens[:cut], tokens[cut:]) if len(shard)),
         document_ends=ends if boundaries else None,
+        end_of_document=end,
         vocab_size=2**16,
         vocab_known=False,
         fingerprint="",
@@ -33,45 +41,65 @@ def make_split(documents, *, boundaries=True) -> TokenSplit:
     )
 
 
-def make_packed(documents, length, packing, *, keep_tail=True):
-    packed = pack(make_split(documents), length, packing, keep_tail=keep_tail)
+def make_packed(documents, length, packing, *, end=None, keep_tail=True):
+    split = make_split(documents, end=end)
+    packed = pack(split, length, packing, keep_tail=keep_tail)
     return packed, packed.read(range(len(packed)))
+
+
+def places(tokens) -> np.ndarray:
+    """Returns where tokens are in the stream: -1 is the one before it."""
+    return np.where(tokens == END, -1, tokens)
 
 
 def predictions(rows) -> list[tuple[int, int]]:
     taken = rows["targets"] >= 0
-    pairs = zip(rows["tokens"][taken], rows["targets"][taken], strict=True)
+    pairs = zip(places(rows["tokens"][taken]), rows["targets"][taken], strict=True)
     return sorted((int(token), int(target)) for token, target in pairs)
 
 
-def pairs_within(documents) -> list[tuple[int, int]]:
-    ends = set(np.cumsum(documents).tolist())
-    return [(i, i + 1) for i in range(max(ends) - 1) if i + 1 not in ends]
+def pairs_of(documents, end=None) -> list[tuple[int, int]]:
+    """Returns each token with the one that it is predicted from."""
+    begins = {0, *np.cumsum(documents).tolist()} if end is None else set()
+    return [(i - 1, i) for i in range(sum(documents)) if i not in begins]
+
+
+@given(DOCUMENTS, LENGTHS, PACKINGS)
+def test_every_token_is_a_target_exactly_once(documents, length, packing):
+    _, rows = make_packed(documents, length, packing, end=END)
+    assert predictions(rows) == pairs_of(documents, END)
 
 
 @given(DOCUMENTS.filter(lambda d: max(d) > 1), LENGTHS, PACKINGS)
-def test_every_token_but_the_first_of_a_document_is_predicted_once(
+def test_without_a_common_end_the_first_of_a_document_is_no_target(
     documents, length, packing
 ):
     _, rows = make_packed(documents, length, packing)
-    assert predictions(rows) == pairs_within(documents)
+    assert predictions(rows) == pairs_of(documents)
 
 
-@given(DOCUMENTS, LENGTHS)
-def test_concat_without_its_tail_loses_only_the_last_partial_row(documents, length):
-    whole, all_rows = make_packed(documents, length, "concat")
-    packed = pack(make_split(documents), length, "concat", keep_tail=False)
-    assert len(packed) == (sum(documents) - 1) // length
+@given(DOCUMENTS, LENGTHS, LAST)
+def test_concat_without_its_tail_loses_only_the_last_partial_row(
+    documents, length, end
+):
+    whole, all_rows = make_packed(documents, length, "concat", end=end)
+    split = make_split(documents, end=end)
+    packed = pack(split, length, "concat", keep_tail=False)
+    assert len(packed) == (sum(documents) - (end is None)) // length
     assert len(whole) - len(packed) in (0, 1)
     rows = packed.read(range(len(packed)))
     for name, values in rows.items():
         np.testing.assert_array_equal(values, all_rows[name][: len(packed)])
 
 
-@given(DOCUMENTS.filter(lambda d: max(d) > 1), LENGTHS, PACKINGS)
-def test_a_segment_holds_consecutive_tokens_of_one_document(documents, length, packing):
-    _, rows = make_packed(documents, length, packing)
+@given(DOCUMENTS.filter(lambda d: max(d) > 1), LENGTHS, PACKINGS, LAST)
+def test_a_segment_holds_consecutive_tokens_of_one_document(
+    documents, length, packing, end
+):
+    _, rows = make_packed(documents, length, packing, end=end)
     document_of = np.repeat(np.arange(len(documents)), documents)
+    # Where documents end in one token, that of the one before begins a document.
+    shift = 0 if end is None else 1
     for tokens, segments, positions in zip(
         rows["tokens"], rows["segments"], rows["positions"], strict=True
     ):
@@ -80,17 +108,19 @@ def test_a_segment_holds_consecutive_tokens_of_one_document(documents, length, p
         numbers = np.unique(segments[used])
         np.testing.assert_array_equal(numbers, np.arange(1, len(numbers) + 1))
         for number in numbers:
-            piece = tokens[segments == number]
+            piece = places(tokens[segments == number])
             np.testing.assert_array_equal(piece, piece[0] + np.arange(len(piece)))
             np.testing.assert_array_equal(
                 positions[segments == number], np.arange(len(piece))
             )
-            assert len(np.unique(document_of[piece])) == 1
+            assert len(np.unique(document_of[piece + shift])) == 1
 
 
-@given(DOCUMENTS.filter(lambda d: max(d) > 1), LENGTHS, PACKINGS)
-def test_padding_has_no_token_no_position_and_no_target(documents, length, packing):
-    packed, rows = make_packed(documents, length, packing)
+@given(DOCUMENTS.filter(lambda d: max(d) > 1), LENGTHS, PACKINGS, LAST)
+def test_padding_has_no_token_no_position_and_no_target(
+    documents, length, packing, end
+):
+    packed, rows = make_packed(documents, length, packing, end=end)
     padding = rows["segments"] == 0
     assert not rows["tokens"][padding].any()
     assert not rows["positions"][padding].any()
@@ -99,24 +129,54 @@ def test_padding_has_no_token_no_position_and_no_target(documents, length, packi
     assert {values.dtype for values in rows.values()} == {np.dtype(np.int32)}
 
 
-@given(DOCUMENTS.filter(lambda d: max(d) > 1), LENGTHS, PACKINGS, st.randoms())
-def test_a_row_depends_on_its_number_only(documents, length, packing, random):
-    packed, rows = make_packed(documents, length, packing)
+@given(DOCUMENTS.filter(lambda d: max(d) > 1), LENGTHS, PACKINGS, LAST, st.randoms())
+def test_a_row_depends_on_its_number_only(documents, length, packing, end, random):
+    packed, rows = make_packed(documents, length, packing, end=end)
     numbers = random.choices(range(len(packed)), k=5)
     again = packed.read(numbers)
     for name, values in again.items():
         np.testing.assert_array_equal(values, rows[name][numbers])
 
 
-@given(DOCUMENTS.filter(lambda d: max(d) > 1), LENGTHS)
-def test_best_fit_cuts_only_documents_longer_than_a_row(documents, length):
-    _, rows = make_packed(documents, length, "best_fit")
-    begins = np.cumsum(documents) - documents
+@given(DOCUMENTS.filter(lambda d: max(d) > 1), LENGTHS, LAST)
+def test_best_fit_cuts_only_documents_longer_than_a_row(documents, length, end):
+    _, rows = make_packed(documents, length, "best_fit", end=end)
+    shift = 0 if end is None else 1
+    begins = np.cumsum(documents) - documents - shift
+    found = places(rows["tokens"])
     for begin, tokens in zip(begins, documents, strict=True):
-        inputs = (rows["tokens"] >= begin) & (rows["tokens"] < begin + tokens - 1)
+        slots = tokens - 1 + shift
+        inputs = (found >= begin) & (found < begin + slots)
         inputs &= rows["segments"] > 0
-        assert inputs.sum() == tokens - 1
-        assert np.count_nonzero(inputs.any(axis=1)) == -(-(tokens - 1) // length)
+        assert inputs.sum() == slots
+        assert np.count_nonzero(inputs.any(axis=1)) == -(-slots // length)
+
+
+@given(DOCUMENTS, st.integers(1, 8))
+def test_documents_found_by_their_end_are_those_that_are_listed(documents, length):
+    listed = make_split(documents, end=END)
+    tokens = np.arange(listed.num_tokens, dtype=np.uint16)
+    assert listed.document_ends is not None
+    tokens[listed.document_ends - 1] = END
+    listed = dataclasses.replace(listed, shards=(tokens,))
+    found = dataclasses.replace(listed, document_ends=None)
+    some, others = (
+        (rows := pack(split, length, "concat", keep_tail=True)).read(range(len(rows)))
+        for split in (listed, found)
+    )
+    for name, values in some.items():
+        np.testing.assert_array_equal(values, others[name])
+
+
+@given(st.lists(st.sampled_from([1, 1, 1, 2, 5]), min_size=2), st.integers(2, 6))
+def test_a_row_without_targets_is_found(documents, length):
+    split = make_split(documents)
+    packed = pack(split, length, "concat", keep_tail=False)
+    empty = [
+        row for row in range(len(packed)) if (packed.read([row])["targets"] < 0).all()
+    ]
+    assert row_without_targets(split, length) == (empty[0] if empty else None)
+    assert row_without_targets(make_split(documents, end=END), length) is None
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=120), st.just(40))
@@ -148,7 +208,16 @@ def test_best_fit_places_a_million_documents_in_seconds():
     assert sizes.sum() / ((rows.max() + 1) * 2048) > 0.999
 
 
-def test_concat_shows_a_document_end_as_input_without_a_target():
+def test_a_document_is_predicted_from_the_end_of_the_one_before():
+    for packing in ("concat", "best_fit"):
+        _, rows = make_packed([3, 4], 7, packing, end=END)
+        assert rows["tokens"].tolist() == [[END, 0, 1, 2, 3, 4, 5]]
+        assert rows["targets"].tolist() == [[0, 1, 2, 3, 4, 5, 6]]
+        assert rows["segments"].tolist() == [[1, 1, 1, 2, 2, 2, 2]]
+        assert rows["positions"].tolist() == [[0, 1, 2, 0, 1, 2, 3]]
+
+
+def test_without_a_common_end_concat_has_an_input_without_a_target():
     _, rows = make_packed([3, 4], 6, "concat")
     assert rows["tokens"].tolist() == [[0, 1, 2, 3, 4, 5]]
     assert rows["targets"].tolist() == [[1, 2, -1, 4, 5, 6]]
@@ -156,7 +225,7 @@ def test_concat_shows_a_document_end_as_input_without_a_target():
     assert rows["positions"].tolist() == [[0, 1, 2, 0, 1, 2]]
 
 
-def test_best_fit_wastes_no_slot_between_documents():
+def test_without_a_common_end_best_fit_wastes_no_slot_between_documents():
     _, rows = make_packed([3, 4], 6, "best_fit")
     assert rows["tokens"].tolist() == [[0, 1, 3, 4, 5, 0]]
     assert rows["targets"].tolist() == [[1, 2, 4, 5, 6, -1]]
@@ -165,9 +234,9 @@ def test_best_fit_wastes_no_slot_between_documents():
 
 
 def test_a_document_that_began_earlier_has_positions_from_its_row():
-    _, rows = make_packed([7, 2], 3, "concat")
-    assert rows["positions"].tolist() == [[0, 1, 2], [0, 1, 2], [0, 0, 0]]
-    assert rows["segments"].tolist() == [[1, 1, 1], [1, 1, 1], [1, 2, 0]]
+    _, rows = make_packed([7, 2], 3, "concat", end=END)
+    assert rows["positions"].tolist() == [[0, 1, 2], [0, 1, 2], [0, 0, 1]]
+    assert rows["segments"].tolist() == [[1, 1, 1], [1, 1, 1], [1, 2, 2]]
 
 
 def test_without_boundaries_a_row_is_one_segment():
@@ -177,19 +246,11 @@ def test_without_boundaries_a_row_is_one_segment():
     assert rows["targets"].tolist() == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]]
 
 
-def test_tokens_after_the_last_boundary_are_another_document():
-    split = make_split([3, 4], boundaries=False)
-    split = dataclasses.replace(split, document_ends=np.array([3]))
-    rows = pack(split, 6, "concat", keep_tail=True).read([0])
-    assert rows["segments"].tolist() == [[1, 1, 1, 2, 2, 2]]
-    fitted = pack(split, 6, "best_fit", keep_tail=True)
-    assert predictions(fitted.read([0])) == pairs_within([3, 4])
-
-
-def test_empty_documents_leave_no_trace():
-    split = make_split([3, 0, 0, 4])
-    rows = pack(split, 6, "concat", keep_tail=True).read([0])
-    assert rows["segments"].tolist() == [[1, 1, 1, 2, 2, 2]]
-    assert predictions(pack(split, 6, "best_fit", keep_tail=True).read([0])) == (
-        pairs_within([3, 4])
-    )
+@pytest.mark.parametrize("end", [None, END])
+def test_empty_documents_leave_no_trace(end):
+    split = make_split([3, 0, 0, 4], end=end)
+    length = 6 if end is None else 7
+    rows = pack(split, length, "concat", keep_tail=True).read([0])
+    assert rows["segments"].tolist() == [[1, 1, 1] + [2] * (length - 3)]
+    fitted = pack(split, length, "best_fit", keep_tail=True)
+    assert predictions(fitted.read([0])) == pairs_of([3, 4], end)

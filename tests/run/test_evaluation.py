@@ -11,7 +11,7 @@ import sharding
 from jaxllm.config import override
 from jaxllm.config.saved import read_config
 from jaxllm.errors import InputError
-from jaxllm.run.data import open_eval_batches
+from jaxllm.run.data import open_run_data
 from jaxllm.run.evaluation import evaluate, evaluate_run
 from jaxllm.run.saved_model import load_params
 from jaxllm.step import compile_eval, prepare
@@ -61,7 +61,7 @@ def test_the_loss_is_that_of_the_models_probabilities(trained):
     config = read_config(trained)
     setup = prepare(config, sharding.make_mesh(config.mesh.sizes))
     _, params = load_params(trained, config, "latest", setup.abstract_state.params)
-    with open_eval_batches(setup) as batches:
+    with open_run_data(setup).eval_batches() as batches:
         kept = list(batches)
     found = evaluate(compile_eval(setup), params, kept)["eval_loss"]
 
@@ -86,7 +86,7 @@ def test_the_held_out_batches_are_the_same_at_every_call(tiny):
     setup = prepare(tiny(), sharding.make_mesh({"fsdp": 8}))
     calls = []
     for _ in range(2):
-        with open_eval_batches(setup) as batches:
+        with open_run_data(setup).eval_batches() as batches:
             calls.append([np.asarray(batch["tokens"]) for batch in batches])
     assert len(calls[0]) == 2
     np.testing.assert_array_equal(*calls)
@@ -95,7 +95,7 @@ def test_the_held_out_batches_are_the_same_at_every_call(tiny):
 def test_held_out_tokens_outside_the_vocabulary_are_refused(tiny):
     setup = prepare(tiny({"model.vocab_size": 256}), sharding.make_mesh({"fsdp": 8}))
     with pytest.raises(InputError, match=r"config\.model\.vocab_size=256 must be"):
-        open_eval_batches(setup)
+        open_run_data(setup)
 
 
 def test_attention_that_this_machine_lacks_is_refused(tiny, tmp_path):
