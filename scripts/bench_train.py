@@ -206,12 +206,16 @@ def main(argv: list[str]):
 def _on_random_tokens(config: Config, folder: Path) -> Config:
     """Returns the config on one device, with tokens that it makes, never stopping."""
     rng = np.random.default_rng(0)
-    tokens = rng.integers(0, config.model.vocab_size, 2**20).astype(np.uint16)
+    end = config.model.vocab_size - 1  # of the only document
+    tokens = np.append(rng.integers(0, end, 2**20 - 1), end).astype(np.uint16)
     tokens.tofile(folder / "tokens.bin")
+    data = dataclasses.replace(
+        config.data, paths=(str(folder / "tokens.bin"),), end_of_document=end
+    )
     return dataclasses.replace(
         config,
         steps=FOREVER,
-        data=dataclasses.replace(config.data, paths=(str(folder / "tokens.bin"),)),
+        data=data,
         mesh=MeshConfig(fsdp=1),
         eval=EvalConfig(every=0),
         checkpoint=CheckpointConfig(every=FOREVER),

@@ -83,6 +83,12 @@ def truncate(name: str) -> Prepare:
     return lambda folder: os.truncate(folder / name, (folder / name).stat().st_size - 2)
 
 
+def overwrite(name: str) -> Prepare:
+    return lambda folder: (folder / name).write_bytes(
+        b"\xff" * (folder / name).stat().st_size
+    )
+
+
 NEW = "train --config run.py --workdir new"
 RESUME = "train --config run.py --workdir run"
 EVALUATE = "evaluate --workdir run"
@@ -279,7 +285,8 @@ CASES = {
         ("config.model.vocab_size=256", "257", "data", "use 257"),
     ),
     "token above the vocabulary": Case(
-        f"{NEW} --config.data.paths=x.bin --config.data.eval_paths=data",
+        f"{NEW} --config.data.paths=x.bin --config.data.eval_paths=data "
+        "--config.data.end_of_document=0",
         ("x.bin", "token 9999", "config.model.vocab_size=264"),
         prepare=write("x.bin", LOW[:2000] + np.array([9999], "<u2").tobytes() * 99),
         starts=True,
@@ -291,8 +298,31 @@ CASES = {
     "best fit without documents": Case(
         f"{NEW} --config.data.packing=best_fit --config.data.paths=x.bin "
         "--config.eval.every=0",
-        ("config.data.packing=best_fit", "x.bin does not say", "concat"),
+        ("config.data.packing=best_fit", "x.bin does not list", "concat"),
         prepare=write("x.bin", LOW),
+    ),
+    "documents that cannot be found": Case(
+        f"{NEW} --config.data.paths=x.bin --config.eval.every=0",
+        ("x.bin", "config.data.end_of_document", "cross_document_attention=true"),
+        prepare=write("x.bin", LOW),
+    ),
+    "raw uint32": Case(
+        f"{NEW} --config.data.paths=x.bin --config.eval.every=0",
+        ("x.bin", "every second number", "config.data.raw_dtype=uint32"),
+        prepare=write("x.bin", np.arange(70_000, 72_000, dtype="<u4").tobytes()),
+    ),
+    "damaged ends of documents": Case(
+        NEW,
+        ("data/train-ends.bin is damaged", "must increase", "copy it again"),
+        prepare=overwrite("data/train-ends.bin"),
+    ),
+    "batches without room": Case(
+        f"{NEW} --config.data.prefetch=1000000000",
+        ("config.data.prefetch=1000000000", "of memory", "or less"),
+    ),
+    "a batch of more rows than there are": Case(
+        f"{NEW} --config.data.batch_size=1000000",
+        ("config.data.batch_size=1000000 is more than", "use at most"),
     ),
     "weights": Case(
         f"{NEW} --config.data.weights=1,2",
