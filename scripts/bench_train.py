@@ -164,7 +164,7 @@ def framework_loop(config: Config) -> Generator[None]:
         assert run is not None
         state = run.state
         for step in range(FOREVER):
-            batch = run.next_batch(step)
+            batch = run.next_batch(step, lambda: False)
             state, metrics = run.step(state, batch, *run.bounds(step))
             for _ in run.log(step, state, metrics):
                 pass

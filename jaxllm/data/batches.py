@@ -239,7 +239,7 @@ def check_memory(
 
 @dataclasses.dataclass(frozen=True)
 class _Steps:
-    """Batch by step: what Grain reads from."""
+    """Batch by step: what the thread reads from."""
 
     packed: Sequence[PackedSplit]
     find: Find

@@ -14,7 +14,7 @@ _REFUSED: dict[str, str | None] = dict.fromkeys(_GUARDS, "disallow")
 
 
 class ExplicitTransfers:
-    """Refuses implicit transfers in every thread, Grain's too, until it is closed."""
+    """Refuses implicit transfers in all threads, the data's too, until it is closed."""
 
     def __init__(self):
         self._before = _global_guards()

@@ -12,10 +12,10 @@ from jaxllm.run.run import Run
 
 next_batch = Run.next_batch
 
-def next_batch_asked(self, step):
+def next_batch_asked(self, step, should_stop):
     if step == 5 and os.environ["JAXLLM_PROCESS_ID"] == "1":  # it does not lead
         os.kill(os.getpid(), signal.SIGTERM)
-    return next_batch(self, step)
+    return next_batch(self, step, should_stop)
 
 Run.next_batch = next_batch_asked
 """

@@ -31,18 +31,18 @@ RECORDING = """
 import os, signal, sys
 import jax, numpy as np
 from jaxllm import flags, train
-from jaxllm.run.data import TrainData
+from jaxllm.run.data import RunData
 
 folder, stop_at = os.environ["RECORD"], int(os.environ["STOP_AT"])
-batches_of = TrainData.batches
+batches_of = RunData.batches
 
 class Recorded:
     def __init__(self, batches, step):
         self.batches, self.step = batches, step
     def close(self):
         self.batches.close()
-    def __next__(self):
-        batch = next(self.batches)
+    def wait(self, should_stop):
+        batch = self.batches.wait(should_stop)
         whole = {}
         for name, x in batch.items():
             whole[name] = np.full(x.shape, -9, np.int32)  # -9: not held here
@@ -54,7 +54,7 @@ class Recorded:
         self.step += 1
         return batch
 
-TrainData.batches = lambda data, start, left_out: Recorded(
+RunData.batches = lambda data, start, left_out: Recorded(
     batches_of(data, start, left_out), start
 )
 sys.argv[0] = train.__file__

@@ -170,9 +170,9 @@ from jaxllm.run.run import Run
 
 next_batch = Run.next_batch
 
-def next_batch_slowly(self, step):
+def next_batch_slowly(self, step, should_stop):
     time.sleep(0.3)  # or the job could be done before it is signalled
-    return next_batch(self, step)
+    return next_batch(self, step, should_stop)
 
 if "SLURM_RESTART_COUNT" not in os.environ:
     Run.next_batch = next_batch_slowly

@@ -254,7 +254,7 @@ def test_an_evaluation_is_the_same_on_a_mesh():
 @pytest.fixture
 def no_implicit_transfers():
     """Refuses them in all threads: `jax.transfer_guard` is of the one that enters it,
-    and rows are placed in Grain's."""
+    and rows are placed in that of the batches."""
     before = jax.config.jax_transfer_guard
     jax.config.update("jax_transfer_guard", "disallow")
     yield

@@ -25,7 +25,7 @@ from jaxllm.data.batches import batch_of
 from jaxllm.errors import InputError
 from jaxllm.run import startup
 from jaxllm.run.anomalies import MIN_STEPS, WINDOW, Anomalies
-from jaxllm.run.data import TrainData, open_train_data
+from jaxllm.run.data import RunData, open_train_data
 from jaxllm.step import compile_step, prepare
 from jaxllm.step import compiled as compiled_module
 from jaxllm.step.bounds import is_within, select
@@ -285,12 +285,12 @@ def test_rewound_a_run_is_the_one_whose_data_never_had_the_batch(
     assert [r["left_out_total"] for r in records][-1] == 3
     assert list(losses(tmp_path / "rewound")) == list(range(8))
 
-    batches = TrainData.batches
+    batches = RunData.batches
 
-    def without(data: TrainData, start: int, left_out: list[int]):
+    def without(data: RunData, start: int, left_out: list[int]):
         return batches(data, start, [*left_out, 3, 5, 6])
 
-    monkeypatch.setattr(TrainData, "batches", without)
+    monkeypatch.setattr(RunData, "batches", without)
     list(train(configured(tiny, "stop"), tmp_path / "without"))
     one, other = (states(tmp_path / name, config) for name in ("rewound", "without"))
     assert_same(one[8], other[8])
