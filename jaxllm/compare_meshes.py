@@ -23,6 +23,7 @@ from jaxllm.checkpoint.checksum import checksums
 from jaxllm.config import Config, MeshConfig, ModelConfig
 from jaxllm.data.batches import Batch
 from jaxllm.errors import InputError
+from jaxllm.run.compilation_cache import use_compilation_cache
 from jaxllm.run.data import open_train_data
 from jaxllm.step import Setup, TrainState, compile_step, init_state, prepare
 from sharding import ShardingError
@@ -238,6 +239,7 @@ def main(argv: list[str]) -> int:
     del argv
     values = absl_flags.FLAGS
     config = flags.config_from_flags()
+    use_compilation_cache()
     strict = TOLERANCES[config.model.dtype]
     tolerance = values.tolerance
     if tolerance is None:

@@ -10,6 +10,7 @@ from absl import flags as absl_flags
 
 from jaxllm import flags
 from jaxllm.cluster import agreement, membership
+from jaxllm.run.compilation_cache import use_compilation_cache
 from jaxllm.run.evaluation import evaluate_run
 from jaxllm.run.saved_model import read_step
 
@@ -19,6 +20,7 @@ def main(argv: list[str]):
     config, workdir = flags.config_from_flags(), flags.workdir_from_flags()
     which = read_step(absl_flags.FLAGS.step)
     membership.join(config.distributed)
+    use_compilation_cache()
     result = evaluate_run(workdir, config, which)
     if agreement.is_lead():
         print(json.dumps(result))

@@ -27,6 +27,7 @@ from jaxllm.errors import InputError
 from jaxllm.inspect.diagnosis import Diagnosis, diagnose
 from jaxllm.plan.cost import choices
 from jaxllm.run.anomalies import Anomalies
+from jaxllm.run.compilation_cache import use_compilation_cache
 from jaxllm.run.data import open_train_data
 from jaxllm.run.saved_model import has_tokenizer, load_run_tokenizer
 from jaxllm.run.saves import Saved, Saves
@@ -184,6 +185,7 @@ def main(argv: list[str]):
     if values.step is None:
         raise InputError("--step is missing; give the number of a step.")
     membership.join(config.distributed)
+    use_compilation_cache()
     found = replay(workdir, config, values.step, values.batch)
     if agreement.is_lead():
         print(describe(found))

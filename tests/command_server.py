@@ -30,6 +30,10 @@ import pallas_kernels.offline  # noqa: F401
 READ_BY_JAX = {
     "JAX_NUM_CPU_DEVICES": ("jax_num_cpu_devices", int),
     "JAX_ENABLE_COMPILATION_CACHE": ("jax_enable_compilation_cache", "true".__eq__),
+    "JAX_COMPILATION_CACHE_DIR": (
+        "jax_compilation_cache_dir",
+        lambda path: path or None,
+    ),
 }
 
 
