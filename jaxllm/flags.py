@@ -14,7 +14,7 @@ import os
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from difflib import get_close_matches
 from inspect import cleandoc
 from pathlib import Path
@@ -52,17 +52,23 @@ HELP_COLUMNS = 88
 flags.disclaim_key_flags()  # flags defined here belong to the module that asks for them
 
 
-def run(main: Callable[[list[str]], int | None], *, positionals: bool = False):
+def run(
+    main: Callable[[list[str]], int | None],
+    *,
+    positionals: bool = False,
+    sections: Collection[str] | None = None,
+):
     """Parses the command line, calls `main` and exits with its status.
 
     Args:
       main: gets the program's name and its positional arguments. What it returns is the
         exit status, None is 0.
       positionals: accept arguments that are no flags.
+      sections: of the settings that --help names; None is all.
     """
 
     def parse(argv: list[str]) -> list[str]:
-        return _parse(argv, positionals)
+        return _parse(argv, positionals, sections)
 
     try:
         prepare_gpus(os.environ, gpus=has_gpus(jax.config.jax_platforms))
@@ -141,8 +147,12 @@ def workdir_from_flags() -> Path:
     return Path(FLAGS.workdir)
 
 
-def help_text() -> str:
-    """Returns the text of --help: usage, flags, names of all settings by section."""
+def help_text(sections: Collection[str] | None = None) -> str:
+    """Returns the text of --help: usage, flags, names of settings by section.
+
+    Args:
+      sections: to name; None is all.
+    """
     names = _own_flags()
     text = f"{cleandoc(sys.modules['__main__'].__doc__ or '')}\n\nFlags:\n"
     indent = 4 + max(map(len, ["help", *names]))
@@ -163,11 +173,14 @@ def help_text() -> str:
         "\nSettings, by section. Each is a flag that overrides the config file, such\n"
         "as --config.steps=1000 or --config.optimizer.lr=3e-4:\n"
     )
-    sections = [name.partition(".")[2] for name in section_names().values()]
-    indent = 4 + max(map(len, sections))
-    for section in sections:
+    known = [name.partition(".")[2] for name in section_names().values()]
+    shown = known if sections is None else [s for s in known if s in sections]
+    indent = 4 + max(map(len, shown))
+    for section in shown:
         fields = [name.rpartition(".")[2] for name in _names_in(section)]
         text += _paragraph(section or "config", ", ".join(fields), indent)
+    if shown != known:
+        text += "\nThe others are those of the run; --helpfull shows them.\n"
     return text
 
 
@@ -225,7 +238,7 @@ def _paragraph(head: str, text: str, indent: int) -> str:
     )
 
 
-def _show_help(arguments: list[str]) -> None:
+def _show_help(arguments: list[str], sections: Collection[str] | None) -> None:
     """Prints what --help asks for: with a section, or --helpfull, settings in full."""
     asked = next(each for each in arguments if each.partition("=")[0] in HELP_FLAGS)
     flag, _, section = asked.partition("=")
@@ -235,16 +248,18 @@ def _show_help(arguments: list[str]) -> None:
     if "config" in FLAGS and section:
         print(section_help(section), end="")
         return
-    print(help_text(), end="")
+    print(help_text(sections), end="")
     if "config" in FLAGS and flag == "--helpfull":
         for name in section_names().values():
             print(f"\n{section_help(name)}", end="")
 
 
-def _parse(argv: list[str], positionals: bool) -> list[str]:
+def _parse(
+    argv: list[str], positionals: bool, sections: Collection[str] | None
+) -> list[str]:
     # absl's own help exits with 1 and lists the flags of every imported library.
     if any(argument.partition("=")[0] in HELP_FLAGS for argument in argv[1:]):
-        _show_help(argv[1:])
+        _show_help(argv[1:], sections)
         sys.exit(FINISHED)
     rest = FLAGS(argv)
     if FLAGS["verbosity"].using_default_value:

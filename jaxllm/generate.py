@@ -11,7 +11,9 @@ import jax
 from absl import flags as absl_flags
 
 from jaxllm import flags
-from jaxllm.inference import Sampling, generate, load_for_generation
+from jaxllm.inference import Sampling, generate, load_for_generation, read_request
+from jaxllm.inference.request import USUAL_TOKENS
+from jaxllm.run.compilation_cache import use_compilation_cache
 from jaxllm.run.saved_model import load_run_tokenizer, read_step
 
 
@@ -19,26 +21,27 @@ def main(argv: list[str]):
     del argv
     values = absl_flags.FLAGS
     config, workdir = flags.config_from_flags(), flags.workdir_from_flags()
+    use_compilation_cache()
     sampling = Sampling(
         temperature=values.temperature,
         top_k=values.top_k,
         top_p=values.top_p,
         seed=values.seed,
     )
-    tokenizer = load_run_tokenizer(workdir, values.tokenizer)
     which = read_step(values.step)
-    model, params, mesh = load_for_generation(workdir, config, which, values.devices)
     prompts = values.prompt or [""]
+    request = read_request(
+        workdir,
+        config,
+        which,
+        load_run_tokenizer(workdir, values.tokenizer),
+        prompts,
+        max_tokens=values.max_tokens,
+        sampling=sampling,
+    )
+    model, params, mesh = load_for_generation(workdir, config, which, values.devices)
     with jax.set_mesh(mesh):
-        pieces = generate(
-            model,
-            params,
-            tokenizer,
-            prompts,
-            max_tokens=values.max_tokens,
-            sampling=sampling,
-        )
-        _print_streams(prompts, pieces)
+        _print_streams(prompts, generate(model, params, request))
 
 
 def _print_streams(prompts: Sequence[str], pieces: Iterator[tuple[int, str]]):
@@ -62,7 +65,10 @@ if __name__ == "__main__":
         "prompt", [], "text to continue; repeat the flag for a batch"
     )
     absl_flags.DEFINE_integer(
-        "max_tokens", 256, "largest number of new tokens per prompt"
+        "max_tokens",
+        None,
+        "largest number of new tokens per prompt; by default "
+        f"{USUAL_TOKENS}, or fewer where a trained row ends",
     )
     absl_flags.DEFINE_float(
         "temperature", 0.8, "sampling temperature; 0: greedy decoding"
@@ -85,4 +91,4 @@ if __name__ == "__main__":
         "tokenizer.json or bytes, instead of the tokenizer of the run",
     )
     absl_flags.DEFINE_integer("devices", 1, "number of devices to shard the model over")
-    flags.run(main)
+    flags.run(main, sections=("kernels",))

@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 import sharding
 from jaxllm import tokenize
 from jaxllm.config import load_config
-from jaxllm.inference import Sampling, generate, load_for_generation
+from jaxllm.inference import Sampling, generate, load_for_generation, read_request
 from jaxllm.plan.cost import full_report
 from jaxllm.run.compilation_cache import use_compilation_cache
 from jaxllm.run.data import open_train_data
@@ -145,14 +145,16 @@ plt.show()
 # `make quickstart` writes Python.
 
 # %%
+request = read_request(
+    WORKDIR,
+    config,
+    "latest",
+    load_tokenizer(str(DATA)),
+    ["def "],
+    max_tokens=100,
+    sampling=Sampling(temperature=0.8, top_p=0.95),
+)
 model, params, mesh = load_for_generation(WORKDIR, config, "latest")
 with jax.set_mesh(mesh):
-    pieces = generate(
-        model,
-        params,
-        load_tokenizer(str(DATA)),
-        ["def "],
-        max_tokens=200,
-        sampling=Sampling(temperature=0.8, top_p=0.95),
-    )
+    pieces = generate(model, params, request)
     print("def " + "".join(piece for _, piece in pieces))

@@ -1,50 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text from a run's model, streamed as it is generated."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 import sharding
 from jaxllm.config import Config
 from jaxllm.errors import InputError
-from jaxllm.inference.sampling import Sampling, sample_tokens
+from jaxllm.inference.request import Request
+from jaxllm.inference.sampling import sample_tokens
 from jaxllm.models import Model
 from jaxllm.plan.kernels import choose_kernels
 from jaxllm.run.saved_model import Which, load_params
 from jaxllm.text.decoding import TextStream
-from jaxllm.text.tokenizers import Tokenizer
 
 
-def generate(
-    model: Model,
-    params: Any,
-    tokenizer: Tokenizer,
-    prompts: Sequence[str],
-    *,
-    max_tokens: int,
-    sampling: Sampling,
-) -> Iterator[tuple[int, str]]:
+def generate(model: Model, params: Any, request: Request) -> Iterator[tuple[int, str]]:
     """Yields (number of the prompt, next piece of its text) as they are generated.
 
-    The text of a prompt ends with its document, or after max_tokens. An empty prompt
-    begins a new document.
+    The text of a prompt ends with its document, or after `request.max_tokens`.
+
+    Args:
+      model: without parameters.
+      params: placed on the mesh of `jax.set_mesh`.
+      request: from `read_request`.
     """
-    start = tokenizer.end_of_document
-    ids = [
-        tokenizer.encode(prompt) or ([] if start is None else [start])
-        for prompt in prompts
-    ]
-    streams = [TextStream(tokenizer, each) for each in ids]
+    tokenizer = request.tokenizer
+    # The model's vocabulary may have more ids than the tokenizer has tokens.
+    known_V = np.zeros(model.config.vocab_size, bool)
+    known_V[[i for i in tokenizer.ids if i < len(known_V)]] = True
+    streams = [TextStream(tokenizer, prompt) for prompt in request.prompts]
     tokens = sample_tokens(
         model,
         params,
-        ids,
-        max_tokens=max_tokens,
-        sampling=sampling,
-        end_of_document=tokenizer.end_of_document,
+        request.prompts,
+        max_tokens=request.max_tokens,
+        sampling=request.sampling,
+        known_V=known_V,
+        ends=request.ends,
     )
     for column in tokens:
         for number, token in enumerate(column):

@@ -27,15 +27,25 @@ def load_params(
       InputError: the run has no such step.
     """
     with Checkpoints(workdir / CHECKPOINTS, config.checkpoint) as checkpoints:
-        steps = checkpoints.steps()
-        found = {"latest": checkpoints.latest, "best": checkpoints.best}
-        step = which if isinstance(which, int) else found[which]()
-        if step not in steps:
-            raise InputError(
-                f"--step={which}: {workdir} has no such save; train it first, or give "
-                f"one of the steps {steps}."
-            )
+        step = _find_step(checkpoints, workdir, which)
         return step, checkpoints.restore_params(step, abstract_params)
+
+
+def document_starts(workdir: Path, config: Config, which: Which) -> frozenset[int]:
+    """Returns the tokens after which the first token of a document was trained.
+
+    None where an earlier version trained the run, or its data has no such token.
+
+    Raises:
+      InputError: the run has no such step.
+    """
+    with Checkpoints(workdir / CHECKPOINTS, config.checkpoint) as checkpoints:
+        saved = checkpoints.data(_find_step(checkpoints, workdir, which))
+    batches = saved.get("batches", {})
+    if batches.get("order_version", 1) < 2:
+        return frozenset()
+    ends = batches.get("config.data.end_of_document", [])
+    return frozenset(end for end in ends if end is not None)
 
 
 def read_step(text: str) -> Which:
@@ -94,3 +104,15 @@ def load_run_tokenizer(workdir: Path, given: str | None) -> Tokenizer:
         return load_tokenizer("bytes")
     tokenizer = load_tokenizer(str(folder / "tokenizer.json"))
     return dataclasses.replace(tokenizer, end_of_document=end_of_document)
+
+
+def _find_step(checkpoints: Checkpoints, workdir: Path, which: Which) -> int:
+    steps = checkpoints.steps()
+    found = {"latest": checkpoints.latest, "best": checkpoints.best}
+    step = which if isinstance(which, int) else found[which]()
+    if step not in steps:
+        raise InputError(
+            f"--step={which}: {workdir} has no such save; train it first, or give one "
+            f"of the steps {steps}."
+        )
+    return step

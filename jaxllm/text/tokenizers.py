@@ -42,6 +42,10 @@ class BytesTokenizer:
     end_of_document: int = 256
     sha256: str = hashlib.sha256(b"jaxllm bytes, 256 ends a document").hexdigest()
 
+    @property
+    def ids(self) -> range:
+        return range(self.vocab_size)
+
     def encode(self, text: str) -> list[int]:
         """Returns the tokens of a text, without an end of document."""
         return list(text.encode())
@@ -79,7 +83,11 @@ class HFTokenizer:
     @functools.cached_property
     def vocab_size(self) -> int:
         # Ids may have holes, and added tokens may lie beyond the model's vocabulary.
-        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+        return max(self.ids) + 1
+
+    @property
+    def ids(self) -> list[int]:
+        return list(self.backend.get_vocab(with_added_tokens=True).values())
 
     @functools.cached_property
     def sha256(self) -> str:

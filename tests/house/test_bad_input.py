@@ -460,19 +460,20 @@ CASES = {
         f"{GENERATE} --step 99", ("--step=99", "[2, 4]", "one of the steps")
     ),
     "temperature": Case(
-        f"{GENERATE} --temperature=-1", ("--temperature=-1", "at least 0")
+        f"{GENERATE} --temperature=-1", ("--temperature=-1", "must be 0 (the", "0.8")
     ),
     "temperature is no number": Case(
         f"{GENERATE} --temperature=warm", ("--temperature", "warm")
     ),
-    "top_p": Case(f"{GENERATE} --top_p=2", ("--top_p=2", "above 0, at most 1")),
+    "top_p": Case(f"{GENERATE} --top_p=2", ("--top_p=2", "to 1 (all tokens)")),
     "top_k": Case(f"{GENERATE} --top_k=-1", ("--top_k=-1", "at least 0")),
     "nothing to write": Case(
-        f"{GENERATE} --max_tokens=0", ("--max_tokens=0", "at least 1")
+        f"{GENERATE} --prompt=a --max_tokens=0",
+        ("--max_tokens=0", "from 1 to 2**31 - 1"),
     ),
     "negative seed": Case(f"{GENERATE} --seed=-1", ("--seed=-1", "0 to 2**32")),
     "too many devices": Case(
-        f"{GENERATE} --devices=3", ("--devices=3", "from 1 to the 1")
+        f"{GENERATE} --prompt=a --devices=3", ("--devices=3", "from 1 to the 1")
     ),
     "prompt has a token that the model lacks": Case(
         f"{GENERATE} --tokenizer=large --prompt=return",

@@ -3,6 +3,7 @@
 
 import errno
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -250,6 +251,12 @@ def test_help_shows_flags_with_their_defaults_and_names_every_setting(run):
     for setting in settings():
         section, _, field = setting.name.rpartition(".")
         assert {section.removeprefix("config."), field} <= words, setting.name
+
+
+def test_help_of_generate_names_the_settings_that_it_uses(helps):
+    _, _, listed = helps["jaxllm.generate --help"].partition("\nSettings, by section.")
+    assert re.findall(r"^  (\S+)", listed, re.M) == ["kernels"]
+    assert listed.endswith("--helpfull shows them.\n")
 
 
 def test_the_full_help_shows_type_default_and_comment_of_every_setting(helps):

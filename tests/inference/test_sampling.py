@@ -3,6 +3,8 @@
 
 import dataclasses
 import functools
+import itertools
+import logging
 from typing import Any
 
 import jax
@@ -16,8 +18,17 @@ import sharding
 from jaxllm.config import ModelConfig
 from jaxllm.errors import InputError
 from jaxllm.inference import Sampling
-from jaxllm.inference.sampling import keep_likely, sample_tokens
+from jaxllm.inference.sampling import (
+    LEAST,
+    PIECE,
+    SHORTEST_CACHE,
+    cache_length,
+    keep_likely,
+    sample_tokens,
+)
 from jaxllm.models import Model
+from pallas_kernels import choose_attention
+from pallas_kernels.target import H200, traced_for
 
 CONFIG = ModelConfig(
     vocab_size=24,
@@ -46,7 +57,7 @@ def built() -> tuple[Model, Any]:
     return model, jax.tree.map(draw, model.abstract)
 
 
-def sample(prompts=PROMPTS, *, max_tokens=6, sampling=GREEDY, end=None):
+def sample(prompts=PROMPTS, *, max_tokens=6, sampling=GREEDY, **others):
     """Returns the text of each prompt as rows, with None where it has ended."""
     model, params = built()
     columns = sample_tokens(
@@ -55,7 +66,7 @@ def sample(prompts=PROMPTS, *, max_tokens=6, sampling=GREEDY, end=None):
         prompts,
         max_tokens=max_tokens,
         sampling=sampling,
-        end_of_document=end,
+        **others,
     )
     return [list(row) for row in zip(*columns, strict=True)]
 
@@ -73,9 +84,14 @@ def test_greedy_text_is_the_argmax_of_a_full_forward_each_time():
         module = model.bind(params)
         return module.logits(module(tokens_BT, positions_BT)[0])
 
-    width = 12
+    width = 2 * PIECE + 32
     positions = np.arange(width, dtype=np.int32)[None]
-    for prompt, text in zip(PROMPTS, greedy_text(), strict=True):
+    rng = np.random.default_rng(1)
+    # One is as long as a piece, one is longer by its last token, one has three pieces.
+    long = [rng.integers(0, 24, PIECE * n // 4).tolist() for n in (4, 5, 9)]
+    long[1] = long[1][: PIECE + 1]
+    prompts = [*PROMPTS, *long]
+    for prompt, text in zip(prompts, sample(prompts), strict=True):
         so_far = list(prompt)
         for token in text:
             # Padding behind does not matter: the model is causal.
@@ -108,14 +124,53 @@ def test_equal_prompts_of_a_batch_have_different_draws():
     assert one != other
 
 
-def test_the_first_tokens_do_not_depend_on_how_many_are_asked_for():
-    assert [row[:3] for row in greedy_text()] == sample(max_tokens=3)
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.0, seed=5)])
+def test_the_first_tokens_do_not_depend_on_how_many_are_asked_for(sampling):
+    model, params = built()
+    assert cache_length(5 + 6) < cache_length(5 + 2 * SHORTEST_CACHE)
+    for max_tokens in (3, 2 * SHORTEST_CACHE):
+        columns = sample_tokens(
+            model, params, PROMPTS, max_tokens=max_tokens, sampling=sampling
+        )
+        found = list(itertools.islice(columns, 3))
+        expected = [row[:3] for row in sample(sampling=sampling)]
+        assert [list(row) for row in zip(*found, strict=True)] == expected
+
+
+@pytest.mark.parametrize("num_tokens", [2, 100, 256, 257, 5000])
+def test_the_kernel_for_gpus_takes_pieces_tokens_and_caches(num_tokens):
+    k = jax.ShapeDtypeStruct((1, cache_length(num_tokens), 1, 64), jnp.bfloat16)
+    assert num_tokens <= k.shape[1] < max(SHORTEST_CACHE + 1, 2 * num_tokens)
+    for width, num_heads in itertools.product((PIECE, 1), (1, 4, 8)):
+        q = jax.ShapeDtypeStruct((1, width, num_heads, 64), jnp.bfloat16)
+        positions = jax.ShapeDtypeStruct((1, width), jnp.int32)
+        with traced_for(H200):
+            chosen = choose_attention(q, k, positions_BT=positions)
+        assert chosen.implementation == "mosaic"
+
+
+def test_prompts_and_sampling_are_data_of_two_programs(caplog):
+    model, params = Model(CONFIG), built()[1]
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        for number, length in enumerate((1, 3, 8, 63, 200)):
+            sampling = Sampling(
+                temperature=0.5 * number,
+                top_k=number % 3,
+                top_p=1 - number / 8,
+                seed=number,
+            )
+            prompt = [number + 1] * length
+            list(
+                sample_tokens(model, params, [prompt], max_tokens=9, sampling=sampling)
+            )
+    compiled = [m for m in caplog.messages if m.startswith("Compiling ")]
+    assert len(compiled) == 2, compiled
 
 
 def test_a_text_stops_before_its_end_of_document_and_the_others_go_on():
     texts = greedy_text()
     end = texts[0][2]
-    ended = sample(end=end)
+    ended = sample(ends={end, 99})
     for text, short in zip(texts, ended, strict=True):
         cut = text.index(end) if end in text else len(text)
         kept = min(len(short), cut)
@@ -130,8 +185,18 @@ def test_top_k_of_1_and_a_tiny_top_p_are_greedy():
     assert sample(sampling=Sampling(top_p=1e-6)) == greedy_text()
 
 
-def test_a_low_temperature_approaches_greedy():
-    assert sample(sampling=Sampling(temperature=1e-4)) == greedy_text()
+@pytest.mark.parametrize("temperature", [1e-4, LEAST])
+def test_a_low_temperature_approaches_greedy(temperature):
+    assert sample(sampling=Sampling(temperature=temperature)) == greedy_text()
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1e6, seed=2)])
+def test_an_id_that_no_token_has_is_never_drawn(sampling):
+    known = {3, 8, 23}
+    known_V = np.isin(np.arange(CONFIG.vocab_size), list(known))
+    texts = sample(sampling=sampling, known_V=known_V, max_tokens=20)
+    assert {token for text in texts for token in text} <= known
+    assert not {token for text in greedy_text() for token in text} <= known
 
 
 @pytest.mark.parametrize("devices", [1, 2])
@@ -149,6 +214,7 @@ def test_tensor_parallel_devices_write_the_same_text(devices, sampling):
     assert [list(row) for row in zip(*columns, strict=True)] == expected
 
 
+keep = jax.jit(keep_likely)
 logit_rows = st.lists(
     st.lists(st.integers(-40, 40).map(lambda i: i / 8), min_size=9, max_size=9),
     min_size=1,
@@ -160,7 +226,7 @@ logit_rows = st.lists(
 @given(logit_rows, st.integers(0, 12))
 def test_top_k_keeps_the_k_likeliest_and_their_ties(rows, k):
     logits = np.array(rows, np.float32)
-    kept = np.asarray(keep_likely(jnp.asarray(logits), Sampling(top_k=k)))
+    kept = np.asarray(keep(logits, k, np.float32(1)))
     for before, after in zip(logits, kept, strict=True):
         border = np.sort(before)[::-1][min(k, 9) - 1] if k else -np.inf
         np.testing.assert_array_equal(after, np.where(before < border, -np.inf, before))
@@ -170,7 +236,7 @@ def test_top_k_keeps_the_k_likeliest_and_their_ties(rows, k):
 @given(logit_rows, st.integers(1, 20).map(lambda i: i / 20))
 def test_top_p_keeps_the_fewest_likeliest_that_hold_p(rows, p):
     logits = np.array(rows, np.float32)
-    kept = np.isfinite(keep_likely(jnp.asarray(logits), Sampling(top_p=p)))
+    kept = np.isfinite(keep(logits, 0, np.float32(p)))
     for row, mask in zip(logits.astype(np.float64), kept, strict=True):
         chances = np.exp(row - row.max())
         chances /= chances.sum()
@@ -201,12 +267,16 @@ def test_draws_have_the_models_frequencies():
     ("changes", "flag"),
     [
         (dict(temperature=-0.1), "--temperature=-0.1"),
+        (dict(temperature=1e-45), "--temperature=1e-45"),
+        (dict(temperature=1e39), "--temperature=1e+39"),
         (dict(temperature=float("inf")), "--temperature=inf"),
         (dict(temperature=float("nan")), "--temperature=nan"),
         (dict(top_k=-1), "--top_k=-1"),
         (dict(top_p=0.0), "--top_p=0.0"),
+        (dict(top_p=1e-45), "--top_p=1e-45"),
         (dict(top_p=1.5), "--top_p=1.5"),
         (dict(top_p=float("nan")), "--top_p=nan"),
+        (dict(seed=2**32), "--seed=4294967296"),
     ],
 )
 def test_wrong_sampling_is_refused_with_its_flag(changes, flag):
@@ -214,20 +284,6 @@ def test_wrong_sampling_is_refused_with_its_flag(changes, flag):
         Sampling(**changes)
     assert flag in str(error.value)
     assert "must be" in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("prompts", "max_tokens", "words"),
-    [
-        ([[1], []], 3, "prompt 1 has no token"),
-        ([[1], [24]], 3, "prompt 1 has token 24"),
-        ([[-1]], 3, "prompt 0 has token -1"),
-        ([[1]], 0, "--max_tokens=0"),
-    ],
-)
-def test_wrong_prompts_are_refused(prompts, max_tokens, words):
-    with pytest.raises(InputError, match=words):
-        sample(prompts, max_tokens=max_tokens)
 
 
 def test_sampling_is_frozen():
