@@ -257,7 +257,8 @@ def _foreign_files(path: str, split: str) -> list[str]:
         if not file.endswith(".bin"):
             raise InputError(
                 f"{file} is not a token file, because its name does not end in .bin; "
-                f"make tokens with `python -m jaxllm.tokenize --input {file}`."
+                f"make tokens with `python -m jaxllm.tokenize --input {file} --output "
+                "DIR`, and give DIR."
             )
     return found if split == "train" else []
 

@@ -52,8 +52,9 @@ def open_held_out(
     if not held_out and not problems:
         problems.append(
             f"config.data.eval_paths=() and none of config.data.paths={config.paths} "
-            "has a held-out part; give config.data.eval_paths, or make a held-out part "
-            "with `python -m jaxllm.tokenize --holdout`, or set config.eval.every=0."
+            "has a held-out part; give config.data.eval_paths, or make one with "
+            "`--holdout 0.05` of `python -m jaxllm.tokenize`, or set "
+            "config.eval.every=0."
         )
     problems += _tokenizer_problems([*train, *held_out]) + _leaks(train, held_out)
     problems += _repeated("eval_paths", held_out)
@@ -250,7 +251,7 @@ def _leaks(train: Sequence[TokenSplit], held_out: Sequence[TokenSplit]) -> list[
         f"The held-out tokens of {eval_split.path} are tokens of {split.path} in "
         "config.data.paths, which the model learns: the eval loss would measure "
         "memory; give other config.data.eval_paths, or make a held-out part with "
-        "`python -m jaxllm.tokenize --holdout`."
+        "`--holdout 0.05` of `python -m jaxllm.tokenize`."
         for eval_split, split in itertools.product(held_out, train)
         if eval_split.fingerprint == split.fingerprint
         or _files(eval_split) & _files(split)

@@ -48,8 +48,9 @@ class Anomaly:
     def advice(self) -> str:
         """The command that replays the step."""
         return (
-            f"`python -m jaxllm.replay --step {self.step} --batch {self.batch}` with "
-            "the same --workdir shows its rows and layers."
+            f"`python -m jaxllm.replay --workdir RUN --step {self.step} --batch "
+            f"{self.batch}`, where RUN is this run's directory, shows its rows and "
+            "layers."
         )
 
 

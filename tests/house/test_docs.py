@@ -2,126 +2,60 @@
 """What the documents say: their commands run, their links and names exist.
 
 The blocks of a document run in order in a folder of their own, as its reader would run
-them, but small: `SMALLER` replaces words of commands, each config is cut down by
-`TINY`, and the data is a few made-up files. `ELSEWHERE` lists what is not run here.
+them, but small: see `typed_commands`.
 """
 
-import gzip
 import importlib
-import json
-import os
 import re
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 
 from jaxllm import flags, tokenize
 from jaxllm.config.fields import section_names, setting_types
-from jaxllm.text.tokenizers import train_bpe
 from sharding import rules
 from sharding.alphabet import LETTERS
+from typed_commands import (
+    DOCUMENTS,
+    ELSEWHERE,
+    RUNS_HERE,
+    SMALLER,
+    WITH_BLOCKS,
+    blocks,
+    commands,
+    inline_code,
+    is_elsewhere,
+    make_data,
+    run,
+    smaller,
+    without_environment,
+    write_tiny_config,
+    written_elsewhere,
+)
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [
-    path
-    for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"))
-    if path.name != "settings.md"  # made by a script, which has a test
-]
-WITH_BLOCKS = [path for path in DOCUMENTS if "```" in path.read_text()]
 TREES = ("jaxllm", "sharding", "pallas_kernels", "configs", "scripts", "tests", "docs")
-
-ELSEWHERE = {  # beginning of a command: why it does not run here
-    "make quickstart": "installs; run on a fresh clone before a release",
-    ".venv/bin/python -m jaxllm.generate": "needs the run of make quickstart",
-    "make check": "runs in CI",
-    "make test": "is what runs this",
-    "make format": "would change the files under test",
-    "make notebook": "tests/house/test_notebook.py compares what it makes",
-    "make .venv/cuda": "installs; part of make test-slow",
-    ".venv/bin/python scripts/compile_step.py": "tests/step/test_step_offline.py does",
-    ".venv/bin/python scripts/settings_table.py": "tests/house/test_flags.py makes it",
-    "JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=8 python -m jaxllm.compare_meshes": (
-        "minutes; tests/meshes/test_compare_meshes.py compares less"
-    ),
-    "python scripts/compare_processes.py": "half an hour, of eight processes' time",
-    "python scripts/measure_bubble.py": "a minute of sleep",
-    'PROCESSES="4 2 1"': "tests/cluster/test_elastic.py, with fewer processes",
-    "python3.12 -m venv": "part of make test",
-    ". .venv/bin/activate": "part of make test",
-    "pip install": "part of make test",
-    "sbatch": "tests/cluster/test_slurm.py runs it, where there is a SLURM",
-    "SWEEP=sweep.txt sbatch": "so does it",
-    "export SRUN": "needs a cluster with containers",
-    "scripts/slurm/install.sh": "installs; .ci/run does",
-    "python scripts/slurm": "tests/cluster/test_slurm.py, where there is a SLURM",
-    "JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=1 python scripts/chaos.py": (
-        "takes an hour; tests/run/test_resume.py runs it for less"
-    ),
-    ".venv/bin/pre-commit install": "would change the git hooks",
-}
-RUNS_HERE = (
-    *("python -m jaxllm.", "python -m pallas_kernels.offline.resources --predict"),
-    "gzip -dc corpus.txt.gz | python -m jaxllm.",
-    'python -c "import json',
-)
-SMALLER = {
-    "python:stdlib": "texts",
-    "bpe:4096": "bpe:300",
-    "bpe:32768": "bpe:300",
-    "--config.steps=1000": "--config.steps=6",
-    "--config.steps=60 ": "--config.steps=13 ",
-    "--max_tokens 100": "--max_tokens 4",
-    "JAX_NUM_CPU_DEVICES=8": "JAX_NUM_CPU_DEVICES=4",
-}
-TINY = {
-    "steps": 4,
-    "model.vocab_size": 512,
-    "model.num_layers": 2,
-    "model.d_model": 16,
-    "model.num_heads": 2,
-    "model.num_kv_heads": 1,
-    "model.head_dim": 8,
-    "model.d_ff": 32,
-    "data.sequence_length": 32,
-    "data.batch_size": 8,
-    "optimizer.warmup_steps": 1,
-    "eval.every": 4,
-    "eval.batches": 1,
-    "checkpoint.every": 4,
-    "logging.every": 1,
-}
-TINY_CONFIG = """\
-from jaxllm.config import load_config
-
-def get_config():
-    return load_config({path!r}, {tiny!r})
-"""
 
 
 @pytest.mark.parametrize("document", WITH_BLOCKS, ids=lambda path: path.name)
 def test_the_commands_of_a_document_run(document, tmp_path, run_python):
-    _make_data(tmp_path)
+    make_data(tmp_path)
     (tmp_path / "configs").mkdir()
     for config in (ROOT / "configs").glob("*.py"):
-        _write_tiny_config(tmp_path / "configs" / config.name, config)
-    for language, text in _blocks(document):
+        write_tiny_config(tmp_path / "configs" / config.name, config)
+    for language, text in blocks(document):
         if language == "bash":
-            commands = [each for each in _commands(text) if not _is_elsewhere(each)]
-            for command in commands:
-                assert _without_environment(command).startswith(RUNS_HERE), (
-                    f"{document.name}: {command!r} is not known; see test_docs.py"
+            for command in commands(text):
+                if is_elsewhere(command):
+                    continue
+                assert without_environment(command).startswith(RUNS_HERE), (
+                    f"{document.name}: {command!r} is not known; see typed_commands.py"
                 )
-                _run(_smaller(command), tmp_path, run_python)
+                run(smaller(command), tmp_path, run_python)
         elif language == "python" and (file := _file_name(text)):
             (tmp_path / "written").mkdir(exist_ok=True)
             (tmp_path / "written" / file.name).write_text(text)
-            _write_tiny_config(tmp_path / file, tmp_path / "written" / file.name)
+            write_tiny_config(tmp_path / file, tmp_path / "written" / file.name)
         elif language == "python":
             ended = run_python(["-c", text], tmp_path)
             assert ended.status == 0, f"{text}\n{ended.stdout}\n{ended.stderr}"
@@ -135,17 +69,18 @@ def test_the_commands_of_a_document_run(document, tmp_path, run_python):
 
 
 def test_each_reason_not_to_run_a_command_is_needed():
-    commands = [
+    typed = [
         command
         for document in WITH_BLOCKS
-        for language, text in _blocks(document)
+        for language, text in blocks(document)
         if language == "bash"
-        for command in _commands(text)
+        for command in commands(text)
     ]
+    typed += written_elsewhere()
     for beginning in ELSEWHERE:
-        assert any(command.startswith(beginning) for command in commands), beginning
+        assert any(command.startswith(beginning) for command in typed), beginning
     for word in SMALLER:
-        assert any(word in command for command in commands), word
+        assert any(word in command for command in typed), word
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -158,8 +93,8 @@ def test_every_relative_link_leads_to_a_file(document):
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_name_in_backticks_exists(document):
     options = _known_options()
-    written = {str(_file_name(text)) for _, text in _blocks(document)}
-    for name in _inline_code(document):
+    written = {str(_file_name(text)) for _, text in blocks(document)}
+    for name in inline_code(document):
         if re.fullmatch(rf"({'|'.join(TREES)})/[\w./-]*", name):
             assert (ROOT / name).exists() or name in written, name
         elif re.fullmatch(r"(jaxllm|sharding|pallas_kernels)(\.\w+)+", name):
@@ -232,91 +167,10 @@ def test_documents_are_ascii_and_fit_a_screen():
             assert len(line) <= 88 or line.startswith("|"), f"{document.name}: {line}"
 
 
-def _blocks(document: Path) -> list[tuple[str, str]]:
-    """Returns the language and the text of every fenced block."""
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", document.read_text(), re.M | re.S)
-    assert 2 * len(found) == len(re.findall("^```", document.read_text(), re.M))
-    return found
-
-
-def _commands(text: str) -> list[str]:
-    """Returns the commands of a bash block, each on one line, without comments."""
-    lines = text.replace("\\\n", " ").splitlines()
-    commands = [re.sub(r"\s+", " ", re.sub(r"(^|\s)#.*", "", line)) for line in lines]
-    return [command.strip() for command in commands if command.strip()]
-
-
-def _is_elsewhere(command: str) -> bool:
-    return command.startswith(tuple(ELSEWHERE))
-
-
-def _without_environment(command: str) -> str:
-    return re.sub(r"^([A-Z_]+=\S+ )+", "", command)
-
-
-def _smaller(command: str) -> str:
-    for word, smaller in SMALLER.items():
-        command = command.replace(word, smaller)
-    return command
-
-
 def _file_name(text: str) -> Path | None:
     """Returns the path that a block names in its first line, if it does."""
     match = re.match(r"# (\w+/\w+\.py)\n", text)
     return Path(match[1]) if match else None
-
-
-def _write_tiny_config(path: Path, full: Path):
-    path.write_text(TINY_CONFIG.format(path=str(full), tiny=TINY))
-
-
-def _run(command: str, folder: Path, run_python):
-    """Runs what bash would; Python alone in a fork, where it need not start."""
-    words = shlex.split(command)
-    number = next(i for i, word in enumerate(words) if "=" not in word)
-    if words[number] == "python" and not re.search(r"[|<>&;*?$`~]", command):
-        variables = dict(word.split("=", 1) for word in words[:number])
-        ended = run_python(words[number + 1 :], folder, **variables)
-        assert ended.status == 0, f"{command}\n{ended.stdout}\n{ended.stderr}"
-        return
-    bin_folder = str(Path(sys.executable).parent)
-    environment = {
-        **os.environ,
-        "PATH": os.pathsep.join((bin_folder, os.environ["PATH"])),
-        "JAX_NUM_CPU_DEVICES": "1",
-    }
-    done = subprocess.run(
-        ["bash", "-ec", command],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-
-
-def _make_data(folder: Path):
-    """Makes the files that the documents take for granted."""
-    (folder / "texts").mkdir()
-    texts = [f"def f{n}(x):\n    return x * {n} + len(str(x))\n" for n in range(400)]
-    for number, text in enumerate(texts):
-        (folder / "texts" / f"{number}.txt").write_text(text)
-    (folder / "input.txt").write_text("\n".join(texts))
-    with gzip.open(folder / "corpus.txt.gz", "wt") as file:
-        file.write("\n".join(texts))
-    lines = [json.dumps({"body": text}) for text in texts]
-    (folder / "rows.jsonl").write_text("\n".join(lines))
-    table = pyarrow.table({"body": texts})
-    pyarrow.parquet.write_table(table, folder / "rows.parquet")
-    (folder / "tokenizer.json").write_bytes(train_bpe(texts, 300).json)
-    (folder / "owt").mkdir()
-    for name in ("train", "val"):
-        np.arange(1000, dtype="<u2").tofile(folder / "owt" / f"{name}.bin")
-
-
-def _inline_code(document: Path) -> list[str]:
-    text = re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.M | re.S)
-    return [re.sub(r"\s+", " ", name) for name in re.findall(r"`([^`]+)`", text)]
 
 
 def _first_column(document: Path, header: str) -> list[str]:

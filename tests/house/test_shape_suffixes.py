@@ -7,6 +7,7 @@ import functools
 from pathlib import Path
 
 import pytest
+
 from suffixes import GENERIC, Comparison, Module, lies
 
 ROOT = Path(__file__).parents[2]
