@@ -28,14 +28,33 @@ def use_compilation_cache():
     entry that a killed process or a full disk left damaged is removed when JAX meets
     it, and written anew.
     """
-    if jax.config.jax_compilation_cache_dir is None:
-        root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        if root.startswith("~"):  # a user without a home, as in some containers
-            return
-        jax.config.update("jax_compilation_cache_dir", os.path.join(root, "jaxllm"))
+    if jax.config.jax_compilation_cache_dir is None and (folder := _own_folder()):
+        jax.config.update("jax_compilation_cache_dir", folder)
     if _MIN_COMPILE_TIME.upper() not in os.environ:
         jax.config.update(_MIN_COMPILE_TIME, 0.2)
     _watch_warnings()
+
+
+def _own_folder() -> str | None:
+    """Returns the folder for programs; None, and says so, if there can be none."""
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder, why = os.path.join(root, "jaxllm"), ""
+    if root.startswith("~"):  # as for a bare user id in a container
+        why = "this user has no home directory"
+    else:
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except OSError as error:
+            why = f"{folder}: {error.strerror}"
+        else:
+            why = "" if os.access(folder, os.W_OK) else f"{folder} cannot be written"
+    if why:
+        _log.warning(
+            "Compiled programs are not kept for the next start: %s; "
+            "JAX_COMPILATION_CACHE_DIR can name another folder.",
+            why,
+        )
+    return None if why else folder
 
 
 def _watch_warnings():

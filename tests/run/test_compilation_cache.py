@@ -27,19 +27,6 @@ for function, size in ((square, 4), (square, 5), (cube, 4)):
     jax.block_until_ready(function(jnp.ones((size, size))))
 print(events.count("/jax/compilation_cache/cache_misses"))
 """
-WHERE = """
-import os, pwd, jax
-from jaxllm.run.compilation_cache import use_compilation_cache
-
-def unknown(number):
-    raise KeyError(number)
-
-if os.environ["HOME"] == "none":
-    del os.environ["HOME"]
-    pwd.getpwuid = unknown
-use_compilation_cache()
-print(jax.config.jax_compilation_cache_dir)
-"""
 
 
 @pytest.fixture
@@ -111,20 +98,3 @@ def test_processes_that_meet_a_damaged_entry_together_leave_it_whole(
     for path in programs(tmp_path):
         zlib.decompress(path.read_bytes())
     assert compile_all() == ["0"]
-
-
-@pytest.mark.parametrize(
-    ("env", "place"),
-    [
-        ({"JAX_COMPILATION_CACHE_DIR": "/given"}, "/given"),
-        ({"XDG_CACHE_HOME": "/caches"}, "/caches/jaxllm"),
-        ({"HOME": "/home/you"}, "/home/you/.cache/jaxllm"),
-        ({"HOME": "none"}, "None"),
-    ],
-)
-def test_the_cache_is_in_the_place_that_was_named_or_at_home(
-    env, place, run_python, tmp_path
-):
-    defaults = {"JAX_COMPILATION_CACHE_DIR": "", "XDG_CACHE_HOME": "", "HOME": "/h"}
-    ended = run_python(["-c", WHERE], tmp_path, **{**defaults, **env})
-    assert (ended.status, ended.stdout, ended.stderr) == (0, f"{place}\n", "")
