@@ -21,6 +21,7 @@ from jaxllm import flags
 from jaxllm.checkpoint import Checkpoints
 from jaxllm.checkpoint.steps import CHECKPOINTS
 from jaxllm.cluster import agreement, membership
+from jaxllm.cluster.sameness import check_same
 from jaxllm.config import Config
 from jaxllm.data.batches import Batches, batch_of
 from jaxllm.errors import InputError
@@ -83,6 +84,7 @@ def replay(workdir: Path, config: Config, step: int, batch: int | None) -> Repla
     setup = prepare(config, sharding.make_mesh(config.mesh.sizes))
     choices(setup)  # refuses what this machine's devices cannot do
     data = open_train_data(setup)
+    check_same(config, {"--step": step, "--batch": batch, **data.identity})
     with Checkpoints(workdir / CHECKPOINTS, config.checkpoint) as checkpoints:
         saves = Saves(setup, checkpoints, data.fingerprint, data.eval_fingerprint)
         left_out = saves.left_out()

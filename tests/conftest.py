@@ -309,6 +309,7 @@ def start_processes(start_training) -> Callable[..., Processes]:
         preamble: str = "",  # Python, before the config
         python: Sequence[str] = ("-m", "jaxllm.train"),
         env: Mapping[str, str] = {},
+        more_flags: Mapping[int, Sequence[str]] = {},  # by process
     ) -> Processes:
         path = folder / "config.py"
         path.write_text(
@@ -322,7 +323,7 @@ def start_processes(start_training) -> Callable[..., Processes]:
         logs = [folder / f"{run}-{number}-{index}.log" for index in range(number)]
         processes = [
             start_training(
-                [*python, *flags],
+                [*python, *flags, *more_flags.get(index, ())],
                 folder,
                 log,
                 {

@@ -41,8 +41,8 @@ def read_config(workdir: Path) -> Config:
         config = config_from_dict(values)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    filled = _flatten(config_to_dict(config))
-    if new := [name for name in filled if name not in _flatten(values)]:
+    filled = flatten(config_to_dict(config))
+    if new := [name for name in filled if name not in flatten(values)]:
         added = ", ".join(f"config.{name}={filled[name]}" for name in new)
         _log.warning("%s was written before these settings: %s", path, added)
     return config
@@ -101,7 +101,7 @@ def compare_configs(
     Both are `dataclasses.asdict` of a Config, before or after a trip through JSON. A
     setting that the old one lacks had its default: it is worth saying, no more.
     """
-    before, after, defaults = _flatten(old), _flatten(new), setting_defaults()
+    before, after, defaults = flatten(old), flatten(new), setting_defaults()
     errors, notes = [], []
     for name in sorted(before.keys() | after.keys()):
         values = [side[name] if name in side else "unset" for side in (before, after)]
@@ -117,12 +117,12 @@ def compare_configs(
     return errors, notes
 
 
-def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
     """Returns dotted name -> JSON text, in which a tuple equals a list."""
     flat = {}
     for name, value in config.items():
         if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{name}.")
+            flat |= flatten(value, f"{prefix}{name}.")
         else:
             flat[prefix + name] = json.dumps(value)
     return flat

@@ -66,6 +66,11 @@ class Batches:
         # Not killed while it uses JAX, as the program ends.
         weakref.finalize(self, _end, self._thread, self._closed)
 
+    @property
+    def splits(self) -> list[TokenSplit]:
+        """The tokens that the batches are made of."""
+        return [packed.split for packed in self.steps.packed]
+
     def __iter__(self) -> "Batches":
         return self
 

@@ -50,6 +50,14 @@ class RunData:
         splits = _splits(self.held_out)
         return eval_fingerprint(config.data, splits, config.eval.batches)
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells the tokens from others, by name, wherever the files are."""
+        return {
+            "the training tokens": self.fingerprint["config.data.paths"],
+            "the held-out tokens": self.eval_fingerprint,
+        }
+
     def batches(self, start: int = 0, left_out: Sequence[int] = ()) -> Batches:
         """Returns the batches of steps start, start + 1, ... without end.
 

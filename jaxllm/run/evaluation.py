@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 import sharding
+from jaxllm.cluster.sameness import check_same
 from jaxllm.config import Config
 from jaxllm.plan.cost import choices
 from jaxllm.plan.room import check_parameters
@@ -47,7 +48,9 @@ def evaluate_run(workdir: Path, config: Config, which: Which) -> dict[str, float
     setup = prepare(config, mesh)
     check_parameters(setup)
     choices(setup)  # refuses what this machine's devices cannot do
-    with open_run_data(setup).eval_batches() as batches:
+    data = open_run_data(setup)
+    check_same(config, {"--step": which, **data.identity})
+    with data.eval_batches() as batches:
         params = setup.abstract_state.params
         step, params = load_params(workdir, config, which, params)
         return {"step": step, **evaluate(compile_eval(setup), params, batches)}

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from jaxllm.checkpoint import Checkpoints
 from jaxllm.checkpoint.steps import CHECKPOINTS
+from jaxllm.cluster.agreement import of_lead
 from jaxllm.config import Config
 from jaxllm.data.manifest import MANIFEST
 from jaxllm.errors import InputError
@@ -110,6 +111,8 @@ def _find_step(checkpoints: Checkpoints, workdir: Path, which: Which) -> int:
     steps = checkpoints.steps()
     found = {"latest": checkpoints.latest, "best": checkpoints.best}
     step = which if isinstance(which, int) else found[which]()
+    # A run that trains meanwhile may save between the looks of two processes.
+    step = of_lead(-1 if step is None else step)
     if step not in steps:
         raise InputError(
             f"--step={which}: {workdir} has no such save; train it first, or give one "

@@ -5,8 +5,9 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -15,6 +16,7 @@ from jaxllm.checkpoint import Checkpoints
 from jaxllm.checkpoint.steps import CHECKPOINTS
 from jaxllm.cluster.agreement import Poll, describe, is_lead, of_lead, on_lead
 from jaxllm.cluster.phases import Phases
+from jaxllm.cluster.sameness import check_same
 from jaxllm.cluster.stragglers import Stragglers
 from jaxllm.config import Config
 from jaxllm.config.saved import write_config
@@ -58,7 +60,8 @@ def open_run(
       InputError, sharding.ShardingError: before anything is compiled or written.
       KernelMismatch: a kernel gives wrong numbers on this machine.
     """
-    setup, data, report = _check(config)
+    started_with = {"--overwrite": overwrite, "--profile": profile_steps}
+    setup, data, report = _check(config, started_with)
     with contextlib.ExitStack() as stack:
         own = claim(workdir, config, overwrite=overwrite)
         on_lead(lambda: stack.enter_context(own))
@@ -78,6 +81,8 @@ def open_run(
         saves = Saves(setup, checkpoints, data.fingerprint, data.eval_fingerprint)
         with phases("restore" if checkpoints.steps() else "start"):
             saved = saves.newest()
+        # One that only some of them can read would not do.
+        check_same(config, {"the save to resume from": saved.step})
         ledger.begin(saved.step)
         on_lead(lambda: _describe_run(workdir, config))
         run = _assemble(data, saves, saved, ledger, phases, workdir, profile_steps)
@@ -92,16 +97,23 @@ def open_run(
                 raise
 
 
-def _check(config: Config) -> tuple[Setup, RunData, str]:
+def _check(
+    config: Config, started_with: Mapping[str, Any]
+) -> tuple[Setup, RunData, str]:
     """Returns the plan of a run, its tokens, and what is said of both at its start.
 
     All that the run will read is opened: what is wrong is refused now, not in an hour.
+
+    Args:
+      config: of the run.
+      started_with: other arguments, which all processes must have in common.
     """
     setup = prepare(config, sharding.make_mesh(config.mesh.sizes))
     check_training(setup)
     report = f"{describe()}\n{cost_report(setup)}\n{choices(setup)}"
     check_loggers(config.logging)
     data = open_run_data(setup) if config.eval.every else open_train_data(setup)
+    check_same(config, {**started_with, **data.identity})
     return setup, data, report
 
 
