@@ -70,13 +70,13 @@ def kernel_calls(text: str) -> dict[str, int]:
 
 
 def main(argv: list[str]) -> int:
-    values = absl_flags.FLAGS
+    values, config = absl_flags.FLAGS, flags.config_from_flags()
     if not values.child:
         ended = offline.run_python([__file__, *sys.argv[1:], "--child"])
         print(ended.stdout, end="")
         print(ended.stderr[-4000:] if ended.returncode else "", file=sys.stderr, end="")
         return ended.returncode
-    facts = cost(flags.config_from_flags(), values.gpus)
+    facts = cost(config, values.gpus)
     if values.json:
         print(json.dumps(facts))
         return 0

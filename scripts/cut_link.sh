@@ -8,6 +8,10 @@
 # util-linux; process 0 is on host 1. CONFIG needs two devices, and WORKDIR no run.
 set -euo pipefail
 ulimit -c 0
+if [ $# -lt 2 ]; then
+  sed -n '3,8p' "$0" >&2
+  exit 2
+fi
 config=$1 workdir=$2 cut=${3:-2}
 python=${PYTHON:-python}
 mkdir -p "$workdir"

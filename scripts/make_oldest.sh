@@ -5,6 +5,10 @@
 # constraints.txt, but jax of that version, and in .venv/oldest/cuda what compiles for
 # NVIDIA GPUs with it.
 set -euo pipefail
+if [ $# -ne 2 ]; then
+  sed -n '3,6p' "$0" >&2
+  exit 2
+fi
 python=$1 jax=$2 folder=.venv/oldest
 
 echo "installing jax $jax and the development tools into $folder ..."

@@ -4,6 +4,10 @@
 # Makes .venv with the given Python, if it is not there, and installs TARGET into it,
 # which is '.' with or without extras, at the versions of constraints.txt.
 set -euo pipefail
+if [ $# -ne 2 ]; then
+  sed -n '3,5p' "$0" >&2
+  exit 2
+fi
 python=$1 target=$2
 
 if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then

@@ -285,6 +285,8 @@ def main() -> int:
     parser.add_argument("--gpus", type=int, default=0, help="of each node")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     values = parser.parse_args()
+    if not values.command:
+        parser.error("the command to run in it is missing, such as bash")
     if reason := missing():
         print(f"error: {reason}", file=sys.stderr)
         return 2
