@@ -25,6 +25,7 @@ from typing import Any
 
 from absl import flags
 
+from jaxllm.cluster.preemption import hang_up
 from jaxllm.errors import (
     FAILED,
     FINISHED,
@@ -173,14 +174,14 @@ def _help_text() -> str:
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """Makes SIGTERM an interruption, of which nothing interrupts the clean-up."""
+    """Makes SIGTERM and SIGHUP interruptions; nothing interrupts the clean-up."""
 
     def interrupt(number: int, frame: object):
-        for each in (signal.SIGINT, signal.SIGTERM):
+        for each in kinds:
             signal.signal(each, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    kinds = (signal.SIGINT, signal.SIGTERM)
+    kinds = (signal.SIGINT, signal.SIGTERM, *hang_up())
     old = {kind: signal.signal(kind, interrupt) for kind in kinds}
     try:
         yield

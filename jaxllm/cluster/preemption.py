@@ -15,7 +15,7 @@ class Preempted(Exception):
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Catches SIGTERM, SIGUSR1 and Ctrl-C; yields a function that is true after one.
+    """Catches SIGTERM, SIGUSR1, SIGHUP and Ctrl-C; yields whether one has come.
 
     Clusters send one of the first two before they preempt a machine. The loop polls
     between two steps, so that the state is complete when it is saved. A second Ctrl-C
@@ -31,10 +31,16 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
         name = signal.Signals(number).name
         _log.warning("%s: saving after this step, then stopping.", name)
 
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, *hang_up())
     before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield lambda: bool(came)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def hang_up() -> tuple[int, ...]:
+    """Returns SIGHUP, the end of a terminal, unless `nohup` said to ignore it."""
+    is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return () if is_ignored else (signal.SIGHUP,)

@@ -21,7 +21,7 @@ def send(number: int):
     os.kill(os.getpid(), number)
 
 
-CAUGHT = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+CAUGHT = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
 
 @pytest.mark.parametrize("number", CAUGHT)
@@ -52,6 +52,17 @@ def test_the_handlers_are_given_back_after_an_error():
     with pytest.raises(ZeroDivisionError), stop_signals():
         raise ZeroDivisionError
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_terminal_that_closes_is_ignored_where_nohup_said_so():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_signals() as should_stop:
+            send(signal.SIGHUP)
+            assert not should_stop()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 class Training:
@@ -98,6 +109,7 @@ def training(folder, start_training) -> Training:
         (signal.SIGTERM, "attention:"),  # said before it compiles
         (signal.SIGUSR1, "compiled the step"),
         (signal.SIGINT, "step 3/"),
+        (signal.SIGHUP, "step 3/"),
     ],
 )
 def test_a_process_that_is_asked_to_stop_saves_and_exits_with_75(
