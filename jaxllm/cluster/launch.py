@@ -1,30 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
 """The launch of this process: by SLURM, by hand, or alone."""
 
-import collections
 import dataclasses
+import hashlib
 import ipaddress
 import socket
 import subprocess
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 from jaxllm.errors import InputError
 
 # Set these to start processes by hand; under SLURM its own variables are read.
-COORDINATOR = "JAXLLM_COORDINATOR"  # host:port of process 0
+COORDINATOR = "JAXLLM_COORDINATOR"  # host:port at which the processes meet
 NUM_PROCESSES = "JAXLLM_NUM_PROCESSES"
 PROCESS_ID = "JAXLLM_PROCESS_ID"
 _BY_HAND = (COORDINATOR, NUM_PROCESSES, PROCESS_ID)
+JOB = "JAXLLM_JOB"  # a text, best a secret one, that only this run's processes have
+
+# Above those that Linux gives to outgoing connections.
+_FIRST_PORT, _NUM_PORTS = 61440, 4096
+_CHOICE = 4  # ports that a job of SLURM may take, if others have some of them
 
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """The address and the numbers with which this process joins the others."""
+    """The address and the numbers with which this process joins the others.
 
-    coordinator: str  # host:port
+    Attributes:
+      host: of process 0.
+      ports: process 0 takes the first that is free.
+      job: what all processes of the run know, and no other run has.
+      is_by_hand: whether the address was given, and not found.
+    """
+
+    host: str
+    ports: tuple[int, ...]
     num_processes: int
     process_id: int
+    job: str = ""
+    is_by_hand: bool = True
+
+    @property
+    def address(self) -> str:
+        """The address, as a user writes it."""
+        return write_address(self.host, " or ".join(map(str, self.ports)))
+
+
+def write_address(host: str, port: int | str) -> str:
+    """Returns an address as JAX reads it."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def find_launch(environment: Mapping[str, str]) -> Launch | None:
@@ -38,48 +62,13 @@ def find_launch(environment: Mapping[str, str]) -> Launch | None:
     num_tasks = int(environment.get("SLURM_NTASKS", "1"))
     if "SLURM_STEP_NODELIST" in environment and "SLURM_PROCID" in environment:
         num_tasks = int(environment.get("SLURM_STEP_NUM_TASKS", num_tasks))
-        if num_tasks == 1:
-            return None
-        host = _first_host(environment["SLURM_STEP_NODELIST"])
-        # Two steps of a job must not meet: each has its own port.
-        job, step = (int(environment[f"SLURM_{n}_ID"]) for n in ("JOB", "STEP"))
-        port = 61440 + (job * 16 + step) % 4096
-        return Launch(f"{host}:{port}", num_tasks, int(environment["SLURM_PROCID"]))
+        return _by_slurm(environment, num_tasks) if num_tasks > 1 else None
     if num_tasks > 1:
         raise InputError(
             f"SLURM_NTASKS={num_tasks}, but this process was started without srun and "
             "would be alone; start it as `srun python -m jaxllm.train ...`."
         )
     return None
-
-
-def local_devices(environment: Mapping[str, str]) -> list[int] | None:
-    """Returns the local ids of this process's devices; [] means all that it sees.
-
-    JAX by itself would take only device SLURM_LOCALID: one of eight GPUs if a node has
-    one process, and a missing one if SLURM shows each process only its own GPU.
-
-    Raises:
-      InputError: the processes of a node cannot share its GPUs evenly.
-    """
-    if "JAX_LOCAL_DEVICE_IDS" in environment:
-        return None  # JAX reads it
-    counts = _expand_counts(environment.get("SLURM_STEP_TASKS_PER_NODE", "1"))
-    num_here = counts[int(environment.get("SLURM_NODEID", "0"))]
-    visible = _visible_gpus(environment)
-    if num_here == 1 or visible == 1:
-        return []
-    local_id = int(environment["SLURM_LOCALID"])
-    if visible is None:
-        return [local_id]  # as JAX does: SLURM gives no GPU information here
-    share, rest = divmod(visible, num_here)
-    if rest or not share:
-        raise InputError(
-            f"SLURM started {num_here} processes on a node where they see "
-            f"{visible} GPUs, which they cannot share evenly; ask for one "
-            "process a node, or one a GPU."
-        )
-    return list(range(local_id * share, (local_id + 1) * share))
 
 
 def check_host_name(environment: Mapping[str, str], name: str) -> None:
@@ -104,39 +93,6 @@ def check_host_name(environment: Mapping[str, str], name: str) -> None:
         )
 
 
-def check_devices(
-    launch: Launch | None, environment: Mapping[str, str], devices: Sequence[Any]
-) -> None:
-    """Checks that all processes are present, each with the devices allocated to it.
-
-    Args:
-      devices: of all processes; only `process_index` and `platform` are read.
-
-    Raises:
-      InputError: on every process, with the expected and the found devices.
-    """
-    num_processes = launch.num_processes if launch else 1
-    numbers = collections.Counter(device.process_index for device in devices)
-    found = [numbers[i] for i in range(max(num_processes, max(numbers) + 1))]
-    each, platform = _given_gpus(environment), devices[0].platform
-    if platform != "gpu" and each and "cpu" in environment.get("JAX_PLATFORMS", ""):
-        each = None  # a run on CPUs may have GPUs allocated
-    wanted = max(found) if each is None else each
-    if each and platform != "gpu":
-        hint = "JAX has no CUDA here: install jaxllm[cuda12], or set JAX_PLATFORMS=cpu"
-    elif set(found) == {wanted} and len(found) == num_processes:
-        return
-    else:
-        hint = "give each process as many, and see what nvidia-smi says on its node"
-    noun = "process" if num_processes == 1 else "processes"
-    kind = "GPUs" if each else platform
-    counts = " + ".join(str(number) for number in found)
-    raise InputError(
-        f"expected {num_processes} {noun} x {wanted} {kind}, found "
-        f"{counts} {platform}, by process; {hint}."
-    )
-
-
 def _by_hand(environment: Mapping[str, str], given: list[str]) -> Launch | None:
     if missing := [name for name in _BY_HAND if name not in environment]:
         raise InputError(
@@ -151,7 +107,43 @@ def _by_hand(environment: Mapping[str, str], given: list[str]) -> Launch | None:
         raise InputError(
             f"{PROCESS_ID}={index} must be from 0 to {NUM_PROCESSES}={number} less 1."
         )
-    return Launch(environment[COORDINATOR], number, index) if number > 1 else None
+    if number == 1:
+        return None
+    host, port = _host_and_port(environment[COORDINATOR])
+    return Launch(host, (port,), number, index, environment.get(JOB, ""))
+
+
+def _host_and_port(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    is_bracketed = host.startswith("[") and host.endswith("]")
+    is_port = port.isascii() and port.isdecimal() and 0 < int(port) < 2**16
+    if not host or not is_port or (":" in host and not is_bracketed):
+        raise InputError(
+            f"{COORDINATOR}={text} must be the host of process 0 and a port from 1 to "
+            "65535 that is free there, such as node1:12345 or [fd00::1]:12345."
+        )
+    return host.strip("[]"), int(port)
+
+
+def _by_slurm(environment: Mapping[str, str], number: int) -> Launch:
+    # Two steps of a job must not meet, nor two starts of one that was requeued.
+    names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+    job = " ".join(environment.get(name, "0") for name in names)
+    return Launch(
+        _first_host(environment["SLURM_STEP_NODELIST"]),
+        _ports(job),
+        number,
+        int(environment["SLURM_PROCID"]),
+        f"{environment.get(JOB, '')} {job}",
+        is_by_hand=False,
+    )
+
+
+def _ports(job: str) -> tuple[int, ...]:
+    """Returns the ports of a job, by a hash: other jobs have other ones, by chance."""
+    found = hashlib.sha256(job.encode()).digest()
+    numbers = [int.from_bytes(found[2 * i : 2 * i + 2]) for i in range(_CHOICE)]
+    return tuple(_FIRST_PORT + number % _NUM_PORTS for number in numbers)
 
 
 def _first_host(nodes: str) -> str:
@@ -165,25 +157,3 @@ def _first_host(nodes: str) -> str:
         check=True,
     )
     return names.stdout.split()[0]
-
-
-def _visible_gpus(environment: Mapping[str, str]) -> int | None:
-    """Returns the number of GPUs visible to a process, or None if it is not set."""
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
-    return None if visible is None else len([v for v in visible.split(",") if v])
-
-
-def _given_gpus(environment: Mapping[str, str]) -> int | None:
-    """Returns the number of GPUs that SLURM allocated to this process, if known."""
-    if "SLURM_PROCID" not in environment:
-        return None
-    chosen = local_devices(environment)
-    return len(chosen) if chosen else _visible_gpus(environment)
-
-
-def _expand_counts(text: str) -> list[int]:
-    """Reads SLURM's "2(x3),1" as [2, 2, 2, 1]."""
-    counts = []
-    for count, _, times in (part.partition("(x") for part in text.split(",")):
-        counts += [int(count)] * int(times.rstrip(")") or 1)
-    return counts

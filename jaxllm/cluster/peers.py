@@ -10,17 +10,14 @@ import contextlib
 import dataclasses
 import json
 import os
-import secrets
 import selectors
 import socket
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 Message = dict[str, Any]
 
 _READ_BYTES = 2**16
-_HELLO_S = 5.0  # for the first line of a new connection
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,78 +114,3 @@ class Peers:
         self._selector.close()
         for link in self._links.values():
             link.close()
-
-
-class Meeting:
-    """The port on which the leading process accepts all others.
-
-    Attributes:
-      invitation: port, token and identity of the lead, for `come`.
-    """
-
-    def __init__(self):
-        self._me = identity(0)
-        self._token = secrets.token_hex(8)  # keeps strangers and other runs out
-        both = socket.has_dualstack_ipv6()
-        family = socket.AF_INET6 if both else socket.AF_INET
-        self._server = socket.create_server(
-            ("", 0), family=family, backlog=1024, dualstack_ipv6=both
-        )
-        port = self._server.getsockname()[1]
-        self.invitation = f"{port} {self._token} {self._me.host} {self._me.pid}"
-
-    def gather(self, number: int, timeout_s: float) -> Peers:
-        """Returns the connections to all other processes.
-
-        Raises:
-          TimeoutError: some did not connect in time.
-        """
-        end_s, links = time.monotonic() + timeout_s, {}
-        with self._server:
-            while len(links) < number - 1:
-                try:
-                    self._server.settimeout(max(0.1, end_s - time.monotonic()))
-                    connection, _ = self._server.accept()
-                except TimeoutError as error:
-                    missing = set(range(1, number)) - {peer.process for peer in links}
-                    raise TimeoutError(
-                        f"the processes {sorted(missing)} did not connect to the "
-                        f"leading one within {timeout_s:.0f} s."
-                    ) from error
-                peer = _introduction(connection, self._token)
-                if peer is None:
-                    connection.close()
-                else:
-                    links[peer] = Link(connection)
-        return Peers(self._me, links)
-
-
-def come(invitation: str, host: str, process: int, timeout_s: float) -> Peers:
-    """Returns the connection of this process, which does not lead, to the lead.
-
-    Args:
-      invitation: of the lead's `Meeting`.
-      host: an address of its host.
-      process: of this process.
-      timeout_s: time limit for connecting.
-    """
-    port, token, name, pid = invitation.split()
-    me = identity(process)
-    connection = socket.create_connection((host, int(port)), timeout=timeout_s)
-    hello = {"token": token, **dataclasses.asdict(me)}
-    connection.sendall(json.dumps(hello).encode() + b"\n")
-    return Peers(me, {Identity(0, name, int(pid)): Link(connection)})
-
-
-def _introduction(connection: socket.socket, token: str) -> Identity | None:
-    """Returns who connected, by the first line; None if not a process of this run."""
-    line = b""
-    try:
-        connection.settimeout(_HELLO_S)
-        while not line.endswith(b"\n") and len(line) < _READ_BYTES:
-            data = connection.recv(1)
-            line += data or b"\n"
-        hello = json.loads(line)
-        return Identity(**hello) if hello.pop("token") == token else None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return None

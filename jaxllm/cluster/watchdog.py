@@ -45,6 +45,7 @@ class Watchdog:
       end: ends this process with a status.
 
     Attributes:
+      is_alone: whether the run has no other process.
       workdir: where stacks are written; None writes them to standard error.
     """
 
@@ -57,6 +58,7 @@ class Watchdog:
         say: Callable[[str], Any] = say_last,
         end: Callable[[int], Any] = os._exit,
     ):
+        self.is_alone = peers is None
         self.workdir: Path | None = None
         self._limits = limits
         self._silence_s = silence_s

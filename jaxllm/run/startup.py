@@ -60,7 +60,11 @@ def open_run(
       InputError, sharding.ShardingError: before anything is compiled or written.
       KernelMismatch: a kernel gives wrong numbers on this machine.
     """
-    started_with = {"--overwrite": overwrite, "--profile": profile_steps}
+    started_with = {
+        "the last part of --workdir": workdir.absolute().name,
+        "--overwrite": overwrite,
+        "--profile": profile_steps,
+    }
     setup, data, report = _check(config, started_with)
     with contextlib.ExitStack() as stack:
         own = claim(workdir, config, overwrite=overwrite)

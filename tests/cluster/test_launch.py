@@ -1,18 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a process was started, and which devices are its own."""
+"""How a process was started, and where it meets the others."""
 
-import dataclasses
+import collections
 import socket
 
 import pytest
 
-from jaxllm.cluster.launch import (
-    Launch,
-    check_devices,
-    check_host_name,
-    find_launch,
-    local_devices,
-)
+from jaxllm.cluster.launch import Launch, check_host_name, find_launch
 from jaxllm.errors import InputError
 
 HAND = {"JAXLLM_COORDINATOR": "a:1", "JAXLLM_NUM_PROCESSES": "4"}
@@ -31,9 +25,12 @@ STEP = {
     ("environment", "launch"),
     [
         ({}, None),
-        (HAND | {"JAXLLM_PROCESS_ID": "3"}, Launch("a:1", 4, 3)),
+        (HAND | {"JAXLLM_PROCESS_ID": "3"}, Launch("a", (1,), 4, 3)),
         (HAND | {"JAXLLM_NUM_PROCESSES": "1", "JAXLLM_PROCESS_ID": "0"}, None),
-        (STEP, Launch(f"n1:{61440 + 7 * 16 + 2}", 4, 3)),
+        (
+            HAND | {"JAXLLM_COORDINATOR": "[fd00::1]:9", "JAXLLM_PROCESS_ID": "3"},
+            Launch("fd00::1", (9,), 4, 3),
+        ),
         (STEP | {"SLURM_STEP_NUM_TASKS": "1"}, None),
         ({"SLURM_NTASKS": "1", "SLURM_JOB_ID": "7"}, None),
     ],
@@ -50,6 +47,13 @@ def test_the_environment_says_how_a_process_was_started(environment, launch):
         (HAND | {"JAXLLM_PROCESS_ID": "4"}, "must be from 0 to"),
         (HAND | {"JAXLLM_PROCESS_ID": "-1"}, "must be from 0 to"),
         (HAND | {"JAXLLM_PROCESS_ID": "x"}, "invalid literal"),
+        *(
+            (
+                HAND | {"JAXLLM_PROCESS_ID": "1", "JAXLLM_COORDINATOR": wrong},
+                "must be the host of process 0 and a port from 1 to 65535",
+            )
+            for wrong in ("a", "a:", ":1", "a:0", "a:65536", "a:b", "fd00::1:9")
+        ),
     ],
 )
 def test_half_an_environment_is_refused(environment, message):
@@ -57,108 +61,43 @@ def test_half_an_environment_is_refused(environment, message):
         find_launch(environment)
 
 
-GPUS = {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}
+def of_job(job: int, **other: int) -> Launch:
+    launch = find_launch(
+        STEP | {"SLURM_JOB_ID": str(job)} | {k: str(v) for k, v in other.items()}
+    )
+    assert launch is not None
+    return launch
 
 
-@pytest.mark.parametrize(
-    ("environment", "devices"),
-    [
-        ({}, []),  # JAX's word for all
-        (STEP | {"SLURM_STEP_TASKS_PER_NODE": "2(x2)"}, [1]),  # nothing says which
-        (STEP | GPUS | {"SLURM_STEP_TASKS_PER_NODE": "1(x4)"}, []),
-        (STEP | GPUS | {"SLURM_STEP_TASKS_PER_NODE": "4"}, [1]),
-        (
-            STEP | GPUS | {"SLURM_STEP_TASKS_PER_NODE": "1,2", "SLURM_NODEID": "1"},
-            [2, 3],
-        ),
-        (STEP | {"SLURM_STEP_TASKS_PER_NODE": "4", "CUDA_VISIBLE_DEVICES": "1"}, []),
-        ({"JAX_LOCAL_DEVICE_IDS": "2"}, None),
-    ],
-)
-def test_processes_of_a_node_share_its_gpus(environment, devices):
-    assert local_devices(environment) == devices
+def test_all_processes_of_a_step_have_the_same_ports_and_the_same_job():
+    first, other = of_job(7), of_job(7, SLURM_PROCID=0, SLURM_LOCALID=0)
+    assert (first.host, first.num_processes, first.process_id) == ("n1", 4, 3)
+    assert not first.is_by_hand
+    assert (first.ports, first.job) == (other.ports, other.job)
 
 
-def test_gpus_that_cannot_be_shared_evenly_are_refused():
-    with pytest.raises(InputError, match="3 processes on a node where they see 4 GPUs"):
-        local_devices(STEP | GPUS | {"SLURM_STEP_TASKS_PER_NODE": "3"})
+def test_steps_and_starts_of_a_job_do_not_meet():
+    launches = [of_job(7), of_job(7, SLURM_STEP_ID=3), of_job(7, SLURM_RESTART_COUNT=1)]
+    assert len({launch.job for launch in launches}) == 3
+    assert len({launch.ports for launch in launches}) == 3
 
 
-@dataclasses.dataclass
-class Device:
-    process_index: int
-    platform: str = "gpu"
+@pytest.mark.parametrize("apart", [1, 16, 256, 4096])
+def test_ports_of_neighbouring_and_equally_spaced_jobs_differ(apart):
+    ports = [of_job(1000 + apart * n).ports for n in range(2000)]
+    assert all(61440 <= port < 65536 for each in ports for port in each)
+    # 2000 jobs over 4096 ports: by chance the fullest port has 6 or 7.
+    first = collections.Counter(each[0] for each in ports)
+    assert max(first.values()) < 10
+    assert len(first) > 1500
+    # Neither do two jobs share all ports that they may take.
+    assert len(set(ports)) == 2000
 
 
-def devices(*numbers: int, platform: str = "gpu") -> list[Device]:
-    return [Device(i, platform) for i, n in enumerate(numbers) for _ in range(n)]
-
-
-FOUR = Launch("a:1", 4, 0)
-ON_NODES_OF_FOUR = STEP | GPUS | {"SLURM_STEP_TASKS_PER_NODE": "1(x4)"}
-
-
-@pytest.mark.parametrize(
-    ("launch", "environment", "found"),
-    [
-        (None, {}, devices(1)),
-        (None, {}, devices(8, platform="cpu")),
-        (FOUR, ON_NODES_OF_FOUR, devices(4, 4, 4, 4)),
-        (
-            FOUR,
-            ON_NODES_OF_FOUR | {"SLURM_STEP_TASKS_PER_NODE": "4"},
-            devices(*[1] * 4),
-        ),
-        (
-            FOUR,
-            ON_NODES_OF_FOUR | {"JAX_PLATFORMS": "cpu"},
-            devices(2, 2, 2, 2, platform="cpu"),
-        ),
-        (FOUR, STEP, devices(2, 2, 2, 2, platform="cpu")),
-    ],
-)
-def test_devices_as_they_were_given_are_taken(launch, environment, found):
-    check_devices(launch, environment, found)
-
-
-@pytest.mark.parametrize(
-    ("launch", "environment", "found", "message"),
-    [
-        (
-            FOUR,
-            ON_NODES_OF_FOUR,
-            devices(4, 4, 3, 4),
-            r"expected 4 processes x 4 GPUs, found 4 \+ 4 \+ 3 \+ 4 gpu",
-        ),
-        (
-            FOUR,
-            ON_NODES_OF_FOUR,
-            devices(4, 4, 4),
-            r"expected 4 processes x 4 GPUs, found 4 \+ 4 \+ 4 \+ 0 gpu",
-        ),
-        (
-            FOUR,
-            ON_NODES_OF_FOUR,
-            devices(1, 1, 1, 1, platform="cpu"),
-            "found .* cpu, by process; JAX has no CUDA here",
-        ),
-        (
-            None,
-            ON_NODES_OF_FOUR | {"SLURM_STEP_TASKS_PER_NODE": "1"},
-            devices(1),
-            "expected 1 process x 4 GPUs, found 1 gpu",
-        ),
-        (
-            FOUR,
-            {},
-            devices(2, 1, 2, 2, platform="cpu"),
-            "expected 4 processes x 2 cpu",
-        ),
-    ],
-)
-def test_devices_that_are_missing_are_named(launch, environment, found, message):
-    with pytest.raises(InputError, match=message):
-        check_devices(launch, environment, found)
+def test_a_secret_of_the_job_is_part_of_what_its_processes_know():
+    assert of_job(7, JAXLLM_JOB=5).job != of_job(7, JAXLLM_JOB=6).job
+    hand = HAND | {"JAXLLM_PROCESS_ID": "3", "JAXLLM_JOB": "mine"}
+    assert find_launch(hand) == Launch("a", (1,), 4, 3, "mine")
 
 
 def test_a_name_that_leads_a_node_to_itself_is_refused(monkeypatch):

@@ -32,9 +32,41 @@ esac
 """
 SHOW = """\
 import os
-from jaxllm.cluster.launch import find_launch, local_devices
+from jaxllm.cluster.devices import local_devices
+from jaxllm.cluster.launch import find_launch
 launch = find_launch(os.environ)
-print(launch.process_id, launch.coordinator.split(":")[0], local_devices(os.environ))
+print(launch.process_id, launch.host, local_devices(os.environ))
+"""
+
+
+MEET = """\
+import os, time
+from jaxllm.cluster import launch
+from jaxllm.cluster.door import Door
+from jaxllm.cluster.knock import knock
+
+launch._ports = lambda job: tuple(range(61990, 61994))  # they all want the same
+mine = launch.find_launch(os.environ)
+job, step = (int(os.environ[f"SLURM_{name}_ID"]) for name in ("JOB", "STEP"))
+number = 100 * job + step
+if mine.process_id == 0:
+    door = Door(mine)
+    peers = door.gather(60)
+    peers.send({"service": number})
+    door.guard()
+    print(number, "lead", len(peers.connected), flush=True)
+    time.sleep(4)  # it trains while others meet
+else:
+    peers, address = knock(mine, 60)
+    print(number, address.rpartition(":")[2], flush=True)
+    list(peers.receive(4))
+"""
+TWO_STEPS = """\
+#!/bin/bash
+for step in 1 2; do
+  srun --ntasks=3 --overlap "$PYTHON" -c "$MEET" &
+done
+wait
 """
 
 
@@ -146,6 +178,25 @@ def test_processes_take_their_part_of_the_gpus_of_a_node(cluster, options, devic
     said = cluster.run("srun", "-N2", *options.split(), sys.executable, "-c", SHOW)
     expected = [f"{index} n1 {chosen}" for index, chosen in enumerate(devices)]
     assert sorted(said.splitlines()) == expected
+
+
+def test_steps_and_jobs_that_want_the_same_ports_meet_only_their_own(
+    cluster, tmp_path, monkeypatch
+):
+    (tmp_path / "steps.sh").write_text(TWO_STEPS)
+    monkeypatch.setenv("PYTHON", sys.executable)
+    monkeypatch.setenv("MEET", MEET)
+    command = ["sbatch", "--parsable", "--ntasks=3", "--nodelist=n1", "--output=%j.out"]
+    jobs = [
+        cluster.run(*command, str(tmp_path / "steps.sh"), cwd=tmp_path).strip()
+        for _ in range(2)
+    ]
+    for job in jobs:
+        cluster.wait_for(job, "COMPLETED", LIMIT_S)
+        said = sorted((tmp_path / f"{job}.out").read_text().splitlines())
+        numbers = [100 * int(job) + step for step in (0, 1)]
+        expected = [f"{n} {rest}" for n in numbers for rest in (n, n, "lead 2")]
+        assert said == sorted(expected)
 
 
 def test_a_process_that_cannot_use_its_gpus_is_refused(cluster, tmp_path):

@@ -7,13 +7,12 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 
 import pytest
 
 from jaxllm.cluster.limits import MARGIN, PATIENCE, REMEMBERED, WARM_UP, Limits
-from jaxllm.cluster.peers import Identity, Link, Meeting, Peers, come
+from jaxllm.cluster.peers import Identity, Link, Peers, identity
 from jaxllm.cluster.phases import Phase, Phases
 from jaxllm.cluster.verdict import Sign, judge, late
 from jaxllm.cluster.watchdog import MISSED, STALLS, TICK_S, Watchdog
@@ -292,25 +291,13 @@ def test_who_finishes_is_not_missed():
 
 
 @contextlib.contextmanager
-def meet(number: int, timeout_s: float = 10.0) -> Iterator[list[Peers]]:
+def meet(number: int) -> Iterator[list[Peers]]:
     """Connects some processes, which are all this one."""
-    meeting, came = Meeting(), []
-    threads = [
-        threading.Thread(
-            target=lambda i=i: came.append(
-                come(meeting.invitation, "localhost", i, timeout_s)
-            )
-        )
-        for i in range(1, number)
-    ]
-    for thread in threads:
-        thread.start()
-    lead = meeting.gather(number, timeout_s)
-    for thread in threads:
-        thread.join()
-    everyone = [lead, *sorted(came, key=lambda peers: peers.me.process)]
-    yield everyone
-    for peers in everyone:
+    pairs = {identity(i): socket.socketpair() for i in range(1, number)}
+    lead = Peers(identity(0), {who: Link(here) for who, (here, _) in pairs.items()})
+    others = [Peers(who, {lead.me: Link(there)}) for who, (_, there) in pairs.items()]
+    yield [lead, *others]
+    for peers in (lead, *others):
         peers.close()
 
 
@@ -352,15 +339,6 @@ def test_one_that_reads_nothing_holds_nobody_up():
         link = Link(ours)
         for _ in range(1000):
             link.write({"text": "x" * 1000})
-
-
-def test_a_stranger_is_not_let_in_and_who_is_missing_is_named():
-    meeting = Meeting()
-    port = int(meeting.invitation.split()[0])
-    with socket.create_connection(("localhost", port)) as stranger:
-        stranger.sendall(b'{"token": "", "process": 1, "host": "a", "pid": 1}\n')
-        with pytest.raises(TimeoutError, match=r"the processes \[1, 2\] did not"):
-            meeting.gather(3, 0.5)
 
 
 ABORTS = """
