@@ -20,6 +20,7 @@ from absl import flags as absl_flags
 import sharding
 from jaxllm import flags
 from jaxllm.checkpoint.checksum import checksums
+from jaxllm.cluster.devices import find_devices
 from jaxllm.config import Config, MeshConfig, ModelConfig
 from jaxllm.data.batches import Batch
 from jaxllm.errors import InputError
@@ -240,6 +241,7 @@ def main(argv: list[str]) -> int:
     values = absl_flags.FLAGS
     config = flags.config_from_flags()
     use_compilation_cache()
+    num_devices = len(find_devices(jax.config.jax_platforms))
     strict = TOLERANCES[config.model.dtype]
     tolerance = values.tolerance
     if tolerance is None:
@@ -249,9 +251,7 @@ def main(argv: list[str]) -> int:
             f"--tolerance={tolerance} must be a number from 0 on; 0 is the same bits."
         )
     meshes = (
-        parse_meshes(values.meshes)
-        if values.meshes
-        else standard_meshes(jax.device_count())
+        parse_meshes(values.meshes) if values.meshes else standard_meshes(num_devices)
     )
     one = follow_one(config, values.steps)
     print(

@@ -11,6 +11,7 @@ import jax
 from absl import flags as absl_flags
 
 from jaxllm import flags
+from jaxllm.cluster.devices import find_devices
 from jaxllm.inference import Sampling, generate, load_for_generation, read_request
 from jaxllm.inference.request import USUAL_TOKENS
 from jaxllm.run.compilation_cache import use_compilation_cache
@@ -29,6 +30,7 @@ def main(argv: list[str]):
         seed=values.seed,
     )
     which = read_step(values.step)
+    find_devices(jax.config.jax_platforms)
     prompts = values.prompt or [""]
     request = read_request(
         workdir,

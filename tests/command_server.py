@@ -28,6 +28,7 @@ import pallas_kernels.offline  # noqa: F401
 
 # What JAX has read from the environment when it was imported.
 READ_BY_JAX = {
+    "JAX_PLATFORMS": ("jax_platforms", str),
     "JAX_NUM_CPU_DEVICES": ("jax_num_cpu_devices", int),
     "JAX_ENABLE_COMPILATION_CACHE": ("jax_enable_compilation_cache", "true".__eq__),
     "JAX_COMPILATION_CACHE_DIR": (

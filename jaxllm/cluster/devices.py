@@ -2,11 +2,71 @@
 """The devices of a process: those that it was given, and those that JAX finds."""
 
 import collections
+import importlib.metadata
+import importlib.util
+import pkgutil
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import jax
+
+from jaxllm.cluster.environment import has_gpus
 from jaxllm.cluster.launch import Launch
 from jaxllm.errors import InputError
+
+_REMEDY = (
+    "see what nvidia-smi says, install jaxllm[cuda12], or set JAX_PLATFORMS=cpu if the "
+    "CPU is meant"
+)
+
+
+def find_devices(platforms: str | None, nodes: Path = Path("/dev")) -> list[Any]:
+    """Returns the devices of all processes; the CPU only where it was meant.
+
+    JAX by itself falls back to the CPU, where a run takes a hundred times as long.
+
+    Args:
+      platforms: `jax.config.jax_platforms`.
+      nodes: where the machine lists its devices.
+
+    Raises:
+      InputError: JAX finds no device, or leaves a GPU or the plugin for one unused.
+    """
+    try:
+        found = jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        # It asserts without a word where CUDA was asked for and no GPU is there.
+        why = str(error).partition(" (set JAX_PLATFORMS")[0].rstrip(".")
+        raise InputError(
+            f"JAX_PLATFORMS={platforms or ''}: JAX finds no device: "
+            f"{why or 'no GPU is visible'}; {_REMEDY}."
+        ) from error
+    unused = _unused(nodes) if not platforms and found[0].platform == "cpu" else ""
+    if unused:
+        raise InputError(
+            f"JAX_PLATFORMS is not set, and JAX uses the CPU, although {unused}; "
+            f"{_REMEDY}."
+        )
+    return found
+
+
+def _unused(nodes: Path) -> str:
+    """Returns the GPU, or the plugin for one, that this machine has; or nothing."""
+    if has_gpus(None, nodes):
+        return "this machine has an NVIDIA GPU"
+    if plugins := _plugins():
+        return f"its plugin {plugins[0]} is installed"
+    return ""
+
+
+def _plugins() -> list[str]:
+    """Returns the plugins of JAX, found as JAX does: as modules, or as entry points."""
+    spec = importlib.util.find_spec("jax_plugins")
+    folders = spec.submodule_search_locations if spec else None
+    found = [f"jax_plugins.{each.name}" for each in pkgutil.iter_modules(folders or [])]
+    points = importlib.metadata.entry_points(group="jax_plugins")
+    return sorted({*found, *(point.value for point in points)})
 
 
 def local_devices(environment: Mapping[str, str]) -> list[int] | None:

@@ -13,7 +13,7 @@ from typing import NoReturn
 import jax
 
 from jaxllm.cluster.aborts import delay_aborts
-from jaxllm.cluster.devices import check_devices, local_devices
+from jaxllm.cluster.devices import check_devices, find_devices, local_devices
 from jaxllm.cluster.door import Door
 from jaxllm.cluster.knock import knock
 from jaxllm.cluster.launch import (
@@ -27,7 +27,7 @@ from jaxllm.cluster.peers import Peers
 from jaxllm.cluster.phases import Phases
 from jaxllm.cluster.watchdog import Watchdog
 from jaxllm.config import DistributedConfig
-from jaxllm.errors import RESUMABLE
+from jaxllm.errors import RESUMABLE, InputError
 
 _LATER = 3  # factor on our timeouts, for JAX, which aborts: ours must come first
 # An address of this host for each that means all of its addresses.
@@ -55,7 +55,12 @@ def join(config: DistributedConfig, phases: Phases | None = None) -> None:
     else:
         with _time_limit(launch, config.start_timeout_s):
             _meet(launch, config, limits)
-    check_devices(launch, os.environ, jax.devices())
+    try:
+        devices = find_devices(jax.config.jax_platforms)
+    except InputError:
+        hear_others()  # it may be another process that is missing, and not a device
+        raise
+    check_devices(launch, os.environ, devices)
 
 
 def write_stacks_to(workdir: Path) -> None:

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which devices are a process's own."""
+"""Which devices are a process's own, and those that JAX finds."""
 
 import dataclasses
+import sys
 
+import jax
 import pytest
 
-from jaxllm.cluster.devices import check_devices, local_devices
+from jaxllm.cluster.devices import check_devices, find_devices, local_devices
 from jaxllm.cluster.launch import Launch
 from jaxllm.errors import InputError
 
@@ -117,3 +119,45 @@ def test_devices_as_they_were_given_are_taken(launch, environment, found):
 def test_devices_that_are_missing_are_named(launch, environment, found, message):
     with pytest.raises(InputError, match=message):
         check_devices(launch, environment, found)
+
+
+def test_the_cpu_is_taken_where_it_is_meant_or_all_that_there_is(tmp_path):
+    (tmp_path / "nvidia0").touch()
+    assert find_devices("cpu", tmp_path) == jax.devices()
+    assert find_devices(None, tmp_path / "none") == jax.devices()
+
+
+@pytest.mark.parametrize("platforms", [None, ""])
+def test_the_cpu_is_refused_where_jax_leaves_a_gpu_unused(platforms, tmp_path):
+    for name in ("nvidiactl", "nvidia0"):
+        (tmp_path / name).touch()
+    with pytest.raises(InputError, match=r"has an NVIDIA GPU.*JAX_PLATFORMS=cpu if"):
+        find_devices(platforms, tmp_path)
+
+
+def test_the_cpu_is_refused_where_a_plugin_for_gpus_did_not_start(
+    tmp_path, monkeypatch
+):
+    plugin = tmp_path / "jax_plugins" / "xla_cuda12"
+    plugin.mkdir(parents=True)
+    (plugin / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "jax_plugins", raising=False)
+    with pytest.raises(
+        InputError, match=r"plugin jax_plugins\.xla_cuda12 is installed"
+    ):
+        find_devices(None, tmp_path)
+    monkeypatch.delitem(sys.modules, "jax_plugins", raising=False)
+
+
+@pytest.mark.parametrize("platforms", ["cuda", "gpu", "nonsense"])
+def test_a_platform_without_a_device_is_one_message(
+    platforms, tiny, tmp_path, start_processes
+):
+    env = {"JAX_PLATFORMS": platforms}
+    alone = start_processes(tiny(), tmp_path, 1, 1, "run", env=env)
+    assert alone.wait() == [2]
+    (said,) = alone.said(0).splitlines()
+    assert said.startswith(f"error: JAX_PLATFORMS={platforms}: JAX finds no device: ")
+    assert said.endswith("or set JAX_PLATFORMS=cpu if the CPU is meant.")
+    assert not (tmp_path / "run").exists()
