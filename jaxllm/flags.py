@@ -23,6 +23,7 @@ from typing import NoReturn
 import jax
 from absl import app, flags
 
+from jaxllm import output
 from jaxllm.cluster import membership
 from jaxllm.cluster.environment import has_gpus, prepare_gpus
 from jaxllm.config import Config, load_config, override
@@ -40,11 +41,19 @@ from jaxllm.errors import (
     WRONG_INPUT,
     CheckpointError,
     InputError,
+    describe_os_error,
 )
+from jaxllm.files import local_path
 from pallas_kernels.self_check import KernelMismatch
 from sharding import ShardingError
 
 FLAGS = flags.FLAGS
+
+_STATUSES = {  # errors of the system that need no traceback, and how they end a command
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE), FAILED),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), FAILED),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), WRONG_INPUT),
+}
 
 HELP_FLAGS = ("--help", "-help", "-h", "--helpfull")
 HELP_COLUMNS = 88
@@ -57,6 +66,7 @@ def run(
     *,
     positionals: bool = False,
     sections: Collection[str] | None = None,
+    needs_output: bool = True,
 ):
     """Parses the command line, calls `main` and exits with its status.
 
@@ -65,19 +75,26 @@ def run(
         exit status, None is 0.
       positionals: accept arguments that are no flags.
       sections: of the settings that --help names; None is all.
+      needs_output: end with 1 when standard output cannot be written; else go on.
     """
 
     def parse(argv: list[str]) -> list[str]:
         return _parse(argv, positionals, sections)
 
+    with output.guarded(needed=needs_output):
+        _run(main, parse)
+
+
+def _run(main: Callable[[list[str]], int | None], parse: Callable):
     try:
         prepare_gpus(os.environ, gpus=has_gpus(jax.config.jax_platforms))
-        app.run(main, flags_parser=parse)
+        app.run(_flushed(main), flags_parser=parse)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from here.", file=sys.stderr)
         membership.leave(RESUMABLE, "interrupted")
-    except BrokenPipeError:  # the reader of our output, such as `head`, has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except output.OutputError as error:
+        if error.errno != errno.EPIPE:  # its reader, such as `head`, has what it wants
+            print(f"error: {error.strerror}", file=sys.stderr)
         membership.leave(FAILED, "nobody reads its output")
     except SystemExit as end:
         if isinstance(end.code, str):
@@ -85,6 +102,17 @@ def run(
         membership.leave(end.code or FINISHED)
     except Exception as error:
         _fail(error)
+
+
+def _flushed(main: Callable[[list[str]], int | None]):
+    """Returns `main`, with an error if what it prints cannot be written."""
+
+    def run_main(argv: list[str]) -> int | None:
+        status = main(argv)
+        sys.stdout.flush()
+        return status
+
+    return run_main
 
 
 def _fail(error: Exception) -> NoReturn:
@@ -125,12 +153,12 @@ def config_from_flags() -> Config:
     values = {name: FLAGS[f"config.{name}"].value for name in setting_types()}
     overrides = {name: value for name, value in values.items() if value is not None}
     if FLAGS.config is not None:
-        return load_config(FLAGS.config, overrides)
+        return load_config(local_path("--config", FLAGS.config), overrides)
     if FLAGS.workdir is None:
         raise InputError(
             "--config is missing; give a file, such as --config=configs/quickstart.py."
         )
-    return override(read_config(Path(FLAGS.workdir)), overrides)
+    return override(read_config(workdir_from_flags()), overrides)
 
 
 def workdir_from_flags() -> Path:
@@ -144,7 +172,7 @@ def workdir_from_flags() -> Path:
             "--workdir is missing; give the directory of the run, such as "
             "--workdir=runs/first."
         )
-    return Path(FLAGS.workdir)
+    return local_path("--workdir", FLAGS.workdir)
 
 
 def help_text(sections: Collection[str] | None = None) -> str:
@@ -260,6 +288,7 @@ def _parse(
     # absl's own help exits with 1 and lists the flags of every imported library.
     if any(argument.partition("=")[0] in HELP_FLAGS for argument in argv[1:]):
         _show_help(argv[1:], sections)
+        sys.stdout.flush()
         sys.exit(FINISHED)
     rest = FLAGS(argv)
     if FLAGS["verbosity"].using_default_value:
@@ -286,19 +315,11 @@ def explain(error: BaseException) -> tuple[int, str] | None:
         return WRONG_INPUT, f"{error}; --help lists the flags."
     if isinstance(error, CheckpointError | FloatingPointError | KernelMismatch):
         return FAILED, str(error)
-    if not isinstance(error, OSError):
+    if not isinstance(error, OSError) or error.errno not in _STATUSES:
         return None
     place = f"{error.filename}: " if error.filename else ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return FAILED, (
-            f"{place}{error.strerror}; nothing that was saved is lost. Free some space "
-            "and run the same command again."
-        )
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return WRONG_INPUT, (
-            f"{place}{error.strerror}; give a path that you may read and write."
-        )
-    return None
+    why = describe_os_error(error.errno, error.strerror)
+    return _STATUSES[error.errno], f"{place}{why}."
 
 
 def _unknown_flag(name: str) -> str:

@@ -34,6 +34,8 @@ from jaxllm.errors import (
     FullDiskError,
     InputError,
 )
+from jaxllm.files import local_path
+from jaxllm.output import guarded as guarded_output
 from jaxllm.text.token_folder import TokenSettings, make_token_folder
 
 _FLAGS: tuple[tuple[Any, ...], ...] = (
@@ -125,6 +127,10 @@ def _run(argv: Sequence[str]) -> int:
     output = values["output"]
     if not output:
         raise InputError("--output is missing; give a new folder for the tokens.")
+    for flag in ("input", "output", "tokenizer"):
+        given = values[flag]
+        for path in given if isinstance(given, list) else [given]:
+            local_path(f"--{flag}", path)
     fields = {field.name for field in dataclasses.fields(TokenSettings)}
     settings = TokenSettings(**{name: values[name] for name in fields & set(values)})
     others = {name: values[name] for name in ("workers", "overwrite", "max_lost")}
@@ -194,4 +200,5 @@ def _terminable() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    with guarded_output(needed=False):
+        sys.exit(main(sys.argv))

@@ -11,7 +11,6 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Generator
-from pathlib import Path
 
 from absl import flags as absl_flags
 
@@ -25,6 +24,7 @@ from jaxllm.plan.cost import full_report
 from jaxllm.records.console import Console
 from jaxllm.records.metrics import Record
 from jaxllm.run.anomalies import Rewind
+from jaxllm.run.at_exit import closed_at_exit
 from jaxllm.run.compilation_cache import use_compilation_cache
 from jaxllm.run.startup import open_run
 from jaxllm.step import prepare
@@ -32,6 +32,7 @@ from jaxllm.step import prepare
 RESUMES = "the same command resumes from there."
 
 
+@closed_at_exit
 def train(
     config: Config,
     workdir: str | os.PathLike,
@@ -43,7 +44,8 @@ def train(
 ) -> Generator[Record, None, None]:
     """Trains to `config.steps`, from the newest checkpoint in workdir if there is one.
 
-    A caller that leaves the loop over its records early leaves a checkpoint to resume.
+    A caller that leaves the loop over its records early leaves a checkpoint to resume,
+    at the end of the program if not before.
 
     Args:
       config: all settings.
@@ -57,14 +59,15 @@ def train(
       A record of each logged step and each evaluation, as in metrics.jsonl.
 
     Raises:
-      InputError, sharding.ShardingError: before anything is compiled or written.
+      TypeError, InputError, sharding.ShardingError: before anything is compiled or
+        written.
       Preempted: should_stop returned true, and the state is saved.
       FloatingPointError: a loss, gradient or update is not finite; none of it is saved.
     """
     phases = phases or Phases()
     opened = open_run(
         config,
-        Path(workdir),
+        workdir,
         phases,
         overwrite=overwrite,
         profile_steps=profile_steps,
@@ -77,7 +80,7 @@ def train(
                     stop = run.is_asked_to_stop(should_stop())
                     if due(step, config.eval.every):
                         yield from run.evaluate(step, state)
-                    if stop or due(step, config.checkpoint.every):
+                    if stop or run.is_best(step) or due(step, config.checkpoint.every):
                         yield from run.save(step, state)
                     if stop:
                         raise Preempted(step)
@@ -165,4 +168,4 @@ def define_flags() -> None:
 
 if __name__ == "__main__":
     define_flags()
-    flags.run(main)
+    flags.run(main, needs_output=False)

@@ -3,8 +3,8 @@
 
 python -m jaxllm.checkpoint verify runs/x [runs/y ...]
 
-Every whole step, array by array, on this machine's CPU or first GPU. Exit status: 0 all
-are what was saved, 1 one is not, 2 wrong input.
+Every step, a few arrays at a time, on this machine's CPU or first GPU. Exit status: 0
+all are what was saved, 1 one is not or cannot be read, 2 wrong input.
 """
 
 from pathlib import Path
@@ -18,21 +18,34 @@ from jaxllm.errors import CheckpointError, InputError
 def main(argv: list[str]) -> int:
     if argv[1:2] != ["verify"] or not argv[2:]:
         raise InputError("say `verify` and the directories of runs.")
-    status = flags.FINISHED
-    for workdir in map(Path, argv[2:]):
-        folder = workdir / CHECKPOINTS
+    folders = [Path(workdir) / CHECKPOINTS for workdir in argv[2:]]
+    for folder in folders:
         if not folder.is_dir():
-            raise InputError(f"{workdir} has no {CHECKPOINTS}; give a run's directory.")
-        steps, faults = find_steps(folder)
-        for path, fault in faults.items():
-            print(f"{path}: {fault}; a resume ignores it")
-        for step in steps:
-            try:
-                print(f"{folder / str(step)}: {verify_step(folder / str(step))} arrays")
-            except CheckpointError as error:
-                print(f"{folder / str(step)}: {error}")
-                status = flags.FAILED
-    return status
+            raise InputError(
+                f"{folder.parent} has no {CHECKPOINTS}; give a run's directory."
+            )
+    return (
+        flags.FINISHED if all([_verify(folder) for folder in folders]) else flags.FAILED
+    )
+
+
+def _verify(folder: Path) -> bool:
+    """Prints a line a save; returns whether all of them are what was saved."""
+    steps, faults = find_steps(folder)
+    intact = all(fault.kind == "unfinished" for fault in faults.values())
+    for path, fault in faults.items():
+        print(f"{path}: {fault.text}; a resume ignores it")
+    for step in steps:
+        path = folder / str(step)
+        try:
+            number = verify_step(path)
+            print(f"{path}: {'no checksums' if number is None else f'{number} arrays'}")
+        except CheckpointError as error:
+            print(f"{path}: {str(error).removeprefix(f'{path} ')}")
+            intact = False
+    if not steps and not faults:
+        print(f"{folder}: no saves")
+    return intact
 
 
 if __name__ == "__main__":

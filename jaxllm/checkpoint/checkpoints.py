@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Saves and restores the training state and the data position, both or neither.
 
-`<folder>/<step>/` holds `state/` (arrays), `data/`
-and, where given, `metrics/` (JSON); it appears at once, when all of it is written.
-`data/` has the checksums of all of it, which every read compares.
+`<folder>/<step>/` holds `state/` (arrays) and `data/` (JSON); it appears at once, when
+all of it is written. `data/` has the checksums of both, which every read compares.
 """
 
 import contextlib
+import copy
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,18 +18,15 @@ import jax
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from jaxllm.checkpoint.checksum import checksums
+from jaxllm.checkpoint.faults import reading, reason
+from jaxllm.checkpoint.label import Label, read_label, read_run_id
 from jaxllm.checkpoint.leftovers import end_leftovers
-from jaxllm.checkpoint.reading import (
-    orbax_context,
-    read_json,
-    read_params,
-    read_step,
-    reason,
-    with_checksums,
-)
+from jaxllm.checkpoint.reading import describe, orbax_context, read_params, read_step
 from jaxllm.checkpoint.steps import find_steps, set_aside
 from jaxllm.config import CheckpointConfig
-from jaxllm.errors import CheckpointError, InputError
+from jaxllm.errors import CheckpointError, DamagedError, InputError
+from jaxllm.files import parse_json
 
 _log = logging.getLogger(__name__)
 
@@ -45,6 +42,7 @@ class Checkpoints:
         self._pending: tuple[int, ocp.AsyncResponse[bool]] | None = None
         self._warned: set[Path] = set()
         self._damaged: set[int] = set()  # steps that were read, and not as saved
+        self._losses: dict[int, float | None] = {}  # of evaluations, by saved step
         logging.getLogger("absl").addFilter(_is_worth_reading)
 
     def __enter__(self) -> Self:
@@ -62,9 +60,15 @@ class Checkpoints:
         """Returns the complete steps, ascending; warns once of each other folder."""
         steps, faults = find_steps(self._folder)
         for path in faults.keys() - self._warned:
-            _log.warning("%s %s; it is ignored.", path, faults[path])
+            _log.warning("%s %s; it is ignored.", path, faults[path].text)
         self._warned |= faults.keys()
         return [step for step in steps if step not in self._damaged]
+
+    def is_empty(self) -> bool:
+        """Returns whether nothing was ever saved, whole or damaged since."""
+        faults = find_steps(self._folder)[1].values()
+        damaged = any(fault.kind != "unfinished" for fault in faults)
+        return not (damaged or self._damaged or self.steps())
 
     def latest(self) -> int | None:
         """Returns the newest complete step."""
@@ -72,7 +76,15 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """Returns the complete step of the lowest finite eval loss, if any has one."""
-        return _best({step: self._eval_loss(step) for step in self.steps()})
+        return _best({step: self.eval_loss(step) for step in self.steps()})
+
+    def eval_loss(self, step: int) -> float | None:
+        """Returns the loss that was measured of a step, if it was evaluated."""
+        if step not in self._losses:
+            folder = self._folder / str(step)
+            metrics = read_label(folder).metrics or _metrics_of_old(folder) or {}
+            self._losses[step] = metrics.get("eval_loss")
+        return self._losses[step]
 
     def save(
         self,
@@ -100,14 +112,21 @@ class Checkpoints:
                 "steps, or give another --workdir."
             )
         self._check_home(step)
-        data = with_checksums(state, json.loads(json.dumps(data)))
-        items = {"state": state, "data": data}
+        metrics = dict(metrics) if metrics else None
+        label = Label(
+            step=step,
+            run=read_run_id(self._folder.parent),
+            arrays=describe(state),
+            metrics=metrics,
+            data=json.loads(json.dumps(data)),
+            checksums=checksums(state),
+        )
+        items = {"state": state, "data": label.to_json()}
+        self._losses[step] = metrics["eval_loss"] if metrics else None
         with self._writing(step, OSError), jax.transfer_guard("allow"):
             if self._writer is None:
                 self._writer = self._open()
-            response = self._writer.save_checkpointables_async(
-                step, items, force=True, metrics=dict(metrics) if metrics else None
-            )
+            response = self._writer.save_checkpointables_async(step, items, force=True)
         assert response is not None, "force=True always saves"
         self._pending = (step, response)
 
@@ -148,32 +167,33 @@ class Checkpoints:
             that saved. Without a sharding an array goes to the first local device.
             Structure, shapes and dtypes must be those of the checkpoint.
         """
-        return read_step(self._whole(step), abstract_state)
+        state, data = read_step(self._whole(step), abstract_state)
+        return state, copy.deepcopy(data)
 
     def restore_newest(self, abstract_state: Any) -> tuple[int, Any, dict[str, Any]]:
         """Returns the newest undamaged step, its state and its data.
 
         A damaged one is ignored from now on, with a warning; the next save renames it.
-        Raises CheckpointError if no step can be read: the run does not start anew.
+        Raises CheckpointError if no step is whole, for the run does not start anew, or
+        if one cannot be read for another reason, for the next one would lose its work.
         """
         errors = []
         for step in reversed(self.steps()):
             try:
                 return step, *self.restore(step, abstract_state)
-            except CheckpointError as error:
-                if isinstance(error.__cause__, PermissionError):
-                    raise
-                _log.warning("%s", error)
+            except DamagedError as error:
+                _log.warning("%s It is ignored.", error)
                 errors.append(str(error))
                 self._damaged.add(step)
+        errors += [f"{p} {f.text}." for p, f in find_steps(self._folder)[1].items()]
         raise CheckpointError(
             f"no step of {self._folder} can be read; put one back from a copy, or give "
-            f"another --workdir. The oldest: {errors[-1]}"
+            f"another --workdir. One of them: {errors[-1]}"
         )
 
     def data(self, step: int) -> dict[str, Any]:
-        """Returns the data of `step`, without reading its arrays or checking it."""
-        return read_json(self._whole(step), "data/data.json")
+        """Returns the data of `step`, without reading its arrays."""
+        return copy.deepcopy(read_label(self._whole(step)).data)
 
     def restore_params(self, step: int, abstract_params: Any) -> Any:
         """Returns the parameters of `step`, without reading the optimizer state."""
@@ -197,7 +217,7 @@ class Checkpoints:
         if config.keep_every:
             kept.append(policies.EveryNSteps(config.keep_every))
         if config.keep_best:
-            kept.append(_KeepBest())
+            kept.append(_KeepBest(self.eval_loss))
         return ocp.training.Checkpointer(
             str(self._folder),
             context=orbax_context(),
@@ -211,11 +231,6 @@ class Checkpoints:
             with contextlib.suppress(Exception):  # raised by our `wait` already
                 writer.wait()
             writer.close()
-
-    def _eval_loss(self, step: int) -> float | None:
-        folder = self._folder / str(step)
-        has_metrics = (folder / "metrics").exists()
-        return _loss_in(read_json(folder, "metrics/metrics")) if has_metrics else None
 
     @contextlib.contextmanager
     def _writing(self, step: int, kind: type[Exception]) -> Iterator[None]:
@@ -235,14 +250,22 @@ class Checkpoints:
 class _KeepBest:
     """Retention policy of Orbax: keep what `Checkpoints.best` returns."""
 
+    def __init__(self, eval_loss: Callable[[int], float | None]):
+        self._eval_loss = eval_loss
+
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         del context
-        best = _best({saved.step: _loss_in(saved.metrics) for saved in checkpoints})
+        best = _best({saved.step: self._eval_loss(saved.step) for saved in checkpoints})
         return [saved.step == best for saved in checkpoints]
 
 
-def _loss_in(metrics: Mapping[str, float] | None) -> float | None:
-    return metrics["eval_loss"] if metrics and "eval_loss" in metrics else None
+def _metrics_of_old(folder: Path) -> dict[str, float] | None:
+    """Returns the metrics of a save that has them in a file of their own, if any."""
+    path = folder / "metrics" / "metrics"
+    if not path.exists():
+        return None
+    with reading(folder):
+        return parse_json(path.read_bytes())
 
 
 def _best(losses: Mapping[int, float | None]) -> int | None:

@@ -8,8 +8,6 @@ up what it has: one pass over memory, no copy.
 
 import contextlib
 import functools
-import json
-import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -36,11 +34,6 @@ def checksums(tree: Any) -> dict[str, str]:
         sums = _sums_on(mesh)(leaves)
     digits = ["".join(f"{int(part):08x}" for part in row) for row in np.asarray(sums)]
     return dict(zip(paths, digits, strict=True))
-
-
-def json_checksum(value: Any) -> str:
-    """Returns 8 hexadecimal digits of a JSON value, whatever the order of its keys."""
-    return f"{zlib.crc32(json.dumps(value, sort_keys=True).encode()):08x}"
 
 
 @functools.cache

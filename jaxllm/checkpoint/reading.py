@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Restores one checkpoint, and compares it with its checksums."""
 
-import contextlib
-import json
 import logging
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,18 +10,14 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from jaxllm.checkpoint.checksum import checksums, json_checksum
+from jaxllm.checkpoint.checksum import checksums
+from jaxllm.checkpoint.faults import reading
+from jaxllm.checkpoint.label import DATA, Label, read_label
 from jaxllm.checkpoint.leftovers import end_leftovers
-from jaxllm.errors import CheckpointError, InputError
+from jaxllm.errors import DamagedError, InputError
 
+_GROUP_BYTES = 2**29  # of arrays that are verified together
 _log = logging.getLogger(__name__)
-_CHECKSUMS = "checksums"  # in data.json, by path of the array
-_DATA = "data"  # the entry of data.json itself
-
-
-def with_checksums(state: Any, data: dict[str, Any]) -> dict[str, Any]:
-    """Returns data with the checksums of the state and of itself."""
-    return {**data, _CHECKSUMS: {**checksums(state), _DATA: json_checksum(data)}}
 
 
 def read_step(folder: Path, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
@@ -30,78 +25,97 @@ def read_step(folder: Path, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
 
     Raises:
       InputError: abstract_state has other arrays.
-      CheckpointError: it cannot be read, or is damaged.
+      DamagedError: it is not what was saved.
+      CheckpointError: it cannot be read now.
     """
-    _check_fit(folder, abstract_state)
-    data, saved = _read_data(folder)
+    label = read_label(folder)
+    _check_fit(folder, label, abstract_state)
     state = _load(folder, abstract_state)
-    _compare(folder, saved, {**checksums(state), _DATA: json_checksum(data)})
-    return state, data
+    _compare(folder, label, checksums(state))
+    return state, label.data
 
 
 def read_params(folder: Path, abstract_params: Any) -> Any:
     """Returns the parameters of a step, without reading the rest; raises the same."""
-    wanted = {"params": abstract_params}
-    _check_fit(folder, wanted, within="params/")
-    _, saved = _read_data(folder)
+    wanted, label = {"params": abstract_params}, read_label(folder)
+    _check_fit(folder, label, wanted, within="params/")
     found = _load(folder, wanted)
-    _compare(folder, saved, checksums(found))
+    _compare(folder, label, checksums(found))
     return found["params"]
 
 
-def verify_step(folder: Path) -> int:
-    """Reads every array of a step, one by one; returns how many there are.
+def verify_step(folder: Path) -> int | None:
+    """Reads every array of a step, a few at a time; returns how many there are.
+
+    None if it was saved without checksums, and cannot be verified.
 
     Raises:
-      CheckpointError: it cannot be read, or is not what was saved, or has no checksums.
+      DamagedError: it is not what was saved.
+      CheckpointError: it cannot be read now.
     """
-    data, saved = _read_data(folder)
-    if not saved:
-        raise CheckpointError(f"{folder} has no checksums to compare with.")
-    _compare(folder, saved, {_DATA: json_checksum(data)})
-    arrays = jax.tree_util.tree_flatten_with_path(_saved_arrays(folder))[0]
-    for path, leaf in arrays:
-        one = leaf
-        for key in reversed(path):
-            one = {key.key: one}
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), one)
-        _compare(folder, saved, checksums(_load(folder, abstract)))
-    if missing := saved.keys() - {_DATA} - {_name(path) for path, _ in arrays}:
-        raise CheckpointError(f"{folder} is damaged: {min(missing)} is not there.")
-    return len(arrays)
+    label = read_label(folder)
+    if not label.checksums:
+        return None
+    tree = _saved_arrays(folder)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    names = [_name(path) for path, _ in leaves]
+    if missing := label.checksums.keys() - {DATA, *names}:
+        raise DamagedError(f"{folder} is damaged: {min(missing)} is not there.")
+    for group in _groups([math.prod(x.shape) * x.dtype.itemsize for _, x in leaves]):
+        wanted: list[Any] = [ocp.PLACEHOLDER] * len(leaves)
+        for index in group:
+            leaf = leaves[index][1]
+            wanted[index] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        found = jax.tree.leaves(_load(folder, structure.unflatten(wanted), omits=False))
+        sums = checksums({names[index]: found[index] for index in group})
+        _compare(folder, label, sums)
+    return len(leaves)
 
 
-def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """Returns a JSON file of a step; raises CheckpointError if it is not one."""
-    with _reading(folder):
-        return json.loads((folder / name).read_text(encoding="utf-8"))
+def _groups(sizes: list[int]) -> Iterator[list[int]]:
+    """Yields numbers of arrays of at most _GROUP_BYTES, or of a single larger one."""
+    group, total = [], 0
+    for index, size in enumerate(sizes):
+        if group and total + size > _GROUP_BYTES:
+            yield group
+            group, total = [], 0
+        group.append(index)
+        total += size
+    yield group
 
 
-def orbax_context() -> ocp.Context:
-    """Returns the settings with which Orbax reads and writes all of ours."""
+def orbax_context(*, omits: bool = True) -> ocp.Context:
+    """Returns the settings with which Orbax reads and writes all of ours.
+
+    Args:
+      omits: what is asked for may lack arrays; else it has PLACEHOLDER for them, and
+        Orbax takes only one of both.
+    """
     context = ocp.Context()
     # Float32 weights shrink by 8 % only, for twice the time of a save.
     context.array.saving.use_compression = False
     context.array.saving.enable_write_sharding_file = False  # read by nobody here
-    context.pytree.loading.partial_load = True  # strict all the same, by `_check_fit`
+    context.pytree.loading.partial_load = omits  # strict all the same, by `_check_fit`
     registry = ocp.handlers.local_registry()
     registry.add(ocp.handlers.JsonHandler, checkpointable_name="data")
     context.checkpointables.registry = registry
     return context
 
 
-def _load(folder: Path, abstract_state: Any) -> Any:
-    placed = _placed(abstract_state)
-    with _reading(folder), jax.transfer_guard("allow"), orbax_context():
-        try:
-            return ocp.load(str(folder), placed, checkpointable_name="state")
+def _load(folder: Path, abstract_state: Any, *, omits: bool = True) -> Any:
+    placed, context = _placed(abstract_state), orbax_context(omits=omits)
+    with reading(folder), jax.transfer_guard("allow"), context:
+        try:  # Orbax takes no relative path
+            path = str(folder.absolute())
+            return ocp.load(path, placed, checkpointable_name="state")
         except Exception:
             end_leftovers()
             raise
 
 
-def _check_fit(folder: Path, abstract: Any, *, within: str = "") -> None:
-    saved, wanted = _describe(_saved_arrays(folder)), _describe(abstract)
+def _check_fit(folder: Path, label: Label, abstract: Any, *, within: str = "") -> None:
+    saved = label.arrays or describe(_saved_arrays(folder))
+    wanted = describe(abstract)
     faults = [
         f"{name} is {saved.get(name, 'absent')} there, "
         f"and {wanted.get(name, 'absent')} here"
@@ -118,48 +132,33 @@ def _check_fit(folder: Path, abstract: Any, *, within: str = "") -> None:
 
 
 def _saved_arrays(folder: Path) -> Any:
-    with _reading(folder), orbax_context():
-        metadata = ocp.metadata(str(folder), checkpointable_name="state").metadata
-        if metadata is None:  # what Orbax returns after a warning
+    with reading(folder), orbax_context():
+        # Orbax takes no relative path.
+        metadata = ocp.metadata(str(folder.absolute()), checkpointable_name="state")
+        if metadata.metadata is None:  # what it returns after a warning
             end_leftovers()
             raise ValueError("no description of its arrays")
-        return metadata
+        return metadata.metadata
 
 
 def _name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _read_data(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Returns what was saved beside the state, and the checksums of both."""
-    data = read_json(folder, "data/data.json")
-    return data, data.pop(_CHECKSUMS, {})
-
-
-def _compare(folder: Path, saved: dict[str, str], found: dict[str, str]) -> None:
-    """Raises CheckpointError if what was read is not what was saved."""
-    if not saved:
+def _compare(folder: Path, label: Label, found: dict[str, str]) -> None:
+    """Raises DamagedError if what was read is not what was saved."""
+    if not label.checksums:
         _log.warning("%s has no checksums, as older saves: it is not checked.", folder)
         return
+    saved = label.checksums
     if wrong := [name for name in found if saved.get(name) != found[name]]:
-        raise CheckpointError(
-            f"{folder} is damaged: {len(wrong)} of {len(found)} parts are not what was "
-            f"saved, first {wrong[0]}."
+        raise DamagedError(
+            f"{folder} is damaged: {len(wrong)} of {len(found)} arrays are not what "
+            f"was saved, first {wrong[0]}."
         )
 
 
-@contextlib.contextmanager
-def _reading(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        raise CheckpointError(
-            f"{folder} cannot be read ({reason(error)}). If it is damaged, rename or "
-            "remove that folder: the same command resumes from the step before it."
-        ) from error
-
-
-def _describe(tree: Any) -> dict[str, str]:
+def describe(tree: Any) -> dict[str, str]:
     """Returns what each array of a tree is, like {"params/embed": "float32[8, 4]"}."""
     return {
         _name(path): (f"{leaf.dtype}{list(leaf.shape)}")
@@ -168,16 +167,13 @@ def _describe(tree: Any) -> dict[str, str]:
 
 
 def _placed(abstract: Any) -> Any:
-    """Returns `abstract` with a sharding for every array."""
+    """Returns `abstract` with a sharding for every array that is asked for."""
     single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=leaf.sharding or single
-        ),
-        abstract,
-    )
 
+    def place(leaf: Any) -> Any:
+        if leaf is ocp.PLACEHOLDER:
+            return leaf
+        sharding = leaf.sharding or single
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-def reason(error: Exception) -> str:
-    """Returns the first line of an error, to be put into a sentence."""
-    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+    return jax.tree.map(place, abstract)

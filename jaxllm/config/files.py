@@ -28,6 +28,9 @@ from jaxllm.config.fields import (
 from jaxllm.config.sections import Config
 from jaxllm.errors import InputError
 
+# A config file that ends the program has configured nothing, whatever its status.
+_ENDS = (Exception, SystemExit, KeyboardInterrupt, GeneratorExit)
+
 Overrides = Mapping[str, Any] | Iterable[tuple[str, Any]]
 
 
@@ -42,7 +45,7 @@ def load_config(path: str | os.PathLike[str], overrides: Overrides = ()) -> Conf
     get_config = _run_config_file(path)
     try:
         config = get_config()
-    except Exception as error:
+    except _ENDS as error:
         raise InputError(_explain(error, path)) from error
     if not isinstance(config, Config):
         raise InputError(
@@ -165,7 +168,7 @@ def _run_config_file(path: Path) -> Any:
         # Not imported: that would leave a compiled copy beside the user's file, which
         # is stale when the file changes twice within a second.
         get_config = runpy.run_path(str(path), run_name="config").get("get_config")
-    except Exception as error:
+    except _ENDS as error:
         raise InputError(_explain(error, path)) from error
     if not callable(get_config):
         raise InputError(
@@ -184,7 +187,7 @@ def _why_no_file(path: Path) -> str:
     return f"does not exist; {hint}"
 
 
-def _explain(error: Exception, path: Path) -> str:
+def _explain(error: BaseException, path: Path) -> str:
     """Says in which line the file went wrong, and which setting if that is known."""
     if isinstance(error, SyntaxError) and error.filename == str(path):
         return f"{path}, line {error.lineno}: SyntaxError: {error.msg}."
@@ -197,6 +200,8 @@ def _explain(error: Exception, path: Path) -> str:
         return f"{place} cannot be read: {error.strerror}."
     if isinstance(error, ModuleNotFoundError):
         return f"{place} imports {error.name}, which is not installed."
+    if isinstance(error, SystemExit):
+        return f"{place}: it exits with {error.code!r}; it must only define get_config."
     # A section compares its fields before `check_types` can see them.
     sections = [frame.f_locals.get("self") for frame, _ in frames]
     for section in sections:

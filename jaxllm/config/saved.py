@@ -7,14 +7,14 @@ Standard library only: a resume can be refused before JAX is imported.
 import errno
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
 from jaxllm.config.fields import setting_defaults
 from jaxllm.config.files import config_from_dict, config_to_dict
 from jaxllm.config.sections import Config
-from jaxllm.errors import InputError
+from jaxllm.errors import InputError, describe_os_error
+from jaxllm.files import parse_json, write_whole
 
 _log = logging.getLogger(__name__)
 
@@ -52,14 +52,14 @@ def read_values(workdir: Path) -> dict[str, Any] | None:
     """Returns the same as plain JSON, of whatever version wrote it; None if no run."""
     path = Path(workdir) / FILE
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise IsADirectoryError(errno.EISDIR, "It is not a plain file")
+        config = parse_json(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise InputError(
-            f"{path} cannot be read ({error.strerror}); make it readable, or give "
-            "another --workdir."
-        ) from error
+        why = describe_os_error(error.errno, error.strerror)
+        raise InputError(f"{path} cannot be read: {why}.") from error
     except ValueError as error:
         raise InputError(_damaged(path)) from error
     if not isinstance(config, dict):
@@ -71,26 +71,15 @@ def write_config(workdir: Path, config: Config) -> None:
     """Writes `config` into `workdir`: either all of it or, on a failure, nothing."""
     path = Path(workdir) / FILE
     text = json.dumps(config_to_dict(config), indent=2) + "\n"
-    partial = path.with_name(f"{FILE}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        write_whole(path, text.encode())
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):  # no fault of the input
             error.filename = str(path)
             raise
-        raise InputError(
-            f"{path} cannot be written ({error.strerror}); open the place, or give "
-            "another --workdir."
-        ) from error
+        why = describe_os_error(error.errno, error.strerror)
+        raise InputError(f"{path} cannot be written: {why}.") from error
 
 
 def compare_configs(

@@ -23,6 +23,7 @@ from jaxllm.config.checks import (
 )
 from jaxllm.config.model import ModelConfig
 from jaxllm.errors import InputError
+from jaxllm.files import local_path
 
 Packing = Literal["concat", "best_fit"]
 RawDtype = Literal["auto", "uint16", "uint32"]
@@ -73,6 +74,8 @@ class DataConfig:
             )
         for name in ("paths", "eval_paths"):
             paths = getattr(self, name)
+            for path in paths:
+                local_path(f"config.data.{name}", path)
             if twice := [path for path in paths if paths.count(path) > 1]:
                 raise InputError(
                     f"config.data.{name} names {twice[0]} more than once; name it "
@@ -217,7 +220,7 @@ class CheckpointConfig:
     every: int = 500  # steps between checkpoints; the last step always has one
     keep_latest: int = 2  # number of newest checkpoints to keep
     keep_every: int = 0  # also keep checkpoints at multiples of this step; 0: none
-    keep_best: bool = False  # also keep the checkpoint with the lowest evaluation loss
+    keep_best: bool = False  # save where the evaluation loss is the lowest; keep that
 
     def __post_init__(self):
         check_positive(self, "checkpoint", "every keep_latest")
@@ -323,6 +326,11 @@ class Config:
                 f"config.data.batch_size={batch} must be a multiple of "
                 f"config.optimizer.microbatches={parts}; use "
                 f"{neighbours(batch, parts)}."
+            )
+        if self.checkpoint.keep_best and not self.eval.every:
+            raise InputError(
+                "config.checkpoint.keep_best=True needs evaluations, but "
+                "config.eval.every=0; set it, or config.checkpoint.keep_best=False."
             )
         if self.mesh.expert != 1 and not self.model.moe.num_experts:
             raise InputError(

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxllm.files import parse_json
+
 Append = Callable[[Mapping[str, Any]], None]
 
 
@@ -36,12 +38,12 @@ def open_jsonlines(path: Path, opened: contextlib.ExitStack) -> Append:
 
 def read_jsonlines(path: Path) -> Iterator[dict[str, Any]]:
     """Yields the objects of a file, without truncated lines of a kill or full disk."""
-    if not path.exists():
+    if not path.is_file():
         return
     with path.open("rb") as file:
         for line in file:
             with contextlib.suppress(ValueError):
-                record = json.loads(line)
+                record = parse_json(line)
                 if isinstance(record, dict):
                     yield record
 

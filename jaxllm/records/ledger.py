@@ -10,6 +10,7 @@ line: it follows from where the next life begins, and when.
 import contextlib
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -98,11 +99,29 @@ class Account:
 
 def read_ledger(workdir: Path) -> Account:
     """Returns the account of a run, as far as its file goes."""
-    account = Account()
+    account, strange = Account(), 0
     for line in read_jsonlines(workdir / FILE):
-        if line.keys() >= {"life", "step", "time", "seconds"}:
+        if _is_line(line):
             account.add(line)
+        else:
+            strange += 1
+    if strange:
+        _log.warning("%s: %d lines are not of a ledger.", workdir / FILE, strange)
     return account
+
+
+def _is_line(line: Mapping[str, Any]) -> bool:
+    spent = line.get("seconds")
+    return (
+        type(line.get("life")) is type(line.get("step")) is int
+        and isinstance(spent, dict)
+        and spent.keys() <= set(PHASES)
+        and all(map(_is_seconds, [line.get("time"), *spent.values()]))
+    )
+
+
+def _is_seconds(value: object) -> bool:
+    return isinstance(value, int | float) and 0 <= value < math.inf
 
 
 class Ledger:

@@ -7,7 +7,6 @@ each flushed as it is written. JSON has no NaN and no infinity: both are null th
 
 import contextlib
 import importlib
-import json
 import logging
 import math
 import os
@@ -24,6 +23,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from jaxllm.config import LoggingConfig
 from jaxllm.errors import InputError
+from jaxllm.files import parse_json, write_whole
 from jaxllm.records.json_lines import open_jsonlines
 
 FILE = "metrics.jsonl"
@@ -142,7 +142,7 @@ def _drop_lost_lines(path: Path, resume_step: int) -> None:
 
 def _is_lost(line: bytes, resume_step: int) -> bool:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError:
         return not line.endswith(b"\n")  # half a line; other strangers are not ours
     if not isinstance(record, dict) or not isinstance(record.get("step"), int):
@@ -183,7 +183,7 @@ def _start_wandb(workdir: Path, project: str, run_name: str) -> Any:
     id_file = workdir / "wandb_id.txt"  # so that a resumed run goes on in the same one
     if not id_file.exists():
         workdir.mkdir(parents=True, exist_ok=True)
-        id_file.write_text(secrets.token_hex(4))
+        write_whole(id_file, secrets.token_hex(4).encode())
     run = wandb.init(
         project=project,
         name=run_name,

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from jaxllm.cluster.agreement import Poll, is_lead
+from jaxllm.cluster.agreement import Poll, is_lead, of_lead
 from jaxllm.cluster.phases import Phases
 from jaxllm.cluster.stragglers import Stragglers
 from jaxllm.data.batches import Batch, Batches, batch_of
@@ -89,6 +89,13 @@ class Run:
             result = evaluate(self.eval_step, state.params, each)
         self.evaluated = {step: result}
         yield from self._write(step, result)
+
+    def is_best(self, step: int) -> bool:
+        """Returns whether a state is to be saved because no evaluation was better."""
+        if not self.setup.config.checkpoint.keep_best or step not in self.evaluated:
+            return False
+        with self.phases("save"):  # waits for the one under way
+            return bool(of_lead(self.saves.is_best(self.evaluated[step])))
 
     def save(self, step: int, state: TrainState) -> Iterator[Record]:
         """Starts a checkpoint of the state before the update of a step.

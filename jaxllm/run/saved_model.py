@@ -13,6 +13,7 @@ from jaxllm.cluster.agreement import of_lead
 from jaxllm.config import Config
 from jaxllm.data.manifest import MANIFEST
 from jaxllm.errors import InputError
+from jaxllm.files import local_path, parse_json, write_whole
 from jaxllm.run.workdir import TOKENIZER
 from jaxllm.text.tokenizers import HFTokenizer, Tokenizer, load_tokenizer
 
@@ -69,9 +70,9 @@ def save_tokenizer(paths: Sequence[str], workdir: Path):
     tokenizer = load_tokenizer(folder)
     (workdir / TOKENIZER).mkdir(exist_ok=True)
     if isinstance(tokenizer, HFTokenizer):
-        (workdir / TOKENIZER / "tokenizer.json").write_bytes(tokenizer.json)
+        write_whole(workdir / TOKENIZER / "tokenizer.json", tokenizer.json)
     facts = {"kind": tokenizer.kind, "end_of_document": tokenizer.end_of_document}
-    (workdir / TOKENIZER / "facts.json").write_text(json.dumps(facts))
+    write_whole(workdir / TOKENIZER / "facts.json", json.dumps(facts).encode())
 
 
 def has_tokenizer(workdir: Path) -> bool:
@@ -86,7 +87,7 @@ def load_run_tokenizer(workdir: Path, given: str | None) -> Tokenizer:
       InputError: neither is there.
     """
     if given is not None:
-        return load_tokenizer(given)
+        return load_tokenizer(str(local_path("--tokenizer", given)))
     folder = workdir / TOKENIZER
     if not has_tokenizer(workdir):
         raise InputError(
@@ -94,7 +95,7 @@ def load_run_tokenizer(workdir: Path, given: str | None) -> Tokenizer:
             "it; give --tokenizer, a tokenizer.json or `bytes`."
         )
     try:
-        facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+        facts = parse_json((folder / "facts.json").read_bytes())
         kind, end_of_document = facts["kind"], facts["end_of_document"]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(

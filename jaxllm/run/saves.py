@@ -3,6 +3,7 @@
 
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +12,7 @@ import jax
 
 from jaxllm.checkpoint import Checkpoints
 from jaxllm.data.fingerprint import describe_change
-from jaxllm.errors import InputError
+from jaxllm.errors import CheckpointError, InputError
 from jaxllm.step import Setup, TrainState, init_state
 
 _log = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ class Saves:
           CheckpointError: there are checkpoints, and none can be read.
         """
         self.checkpoints.wait()
-        if not self.checkpoints.steps():
+        if self.checkpoints.is_empty():
             return Saved(0, init_state(self.setup), {})
         began_at_s = time.perf_counter()
         step, state, saved = self.checkpoints.restore_newest(self.setup.abstract_state)
@@ -68,6 +69,8 @@ class Saves:
         return sorted(batch for _, batch in pairs)
 
     def _read(self, step: int, state: TrainState, saved: Mapping[str, Any]) -> Saved:
+        if "batches" not in saved:
+            raise CheckpointError(f"step {step} does not say which batches come next.")
         if change := describe_change(saved["batches"], self.data):
             raise InputError(change)
         anomalies = saved["anomalies"] if "anomalies" in saved else {}
@@ -92,12 +95,19 @@ class Saves:
         """
         self._check_finite(saved, check)
         data = {
-            "next_step": saved.step,
             "batches": self.data,
             "eval": self.eval_data,
             "anomalies": saved.anomalies,
         }
         self.checkpoints.save(saved.step, saved.state, data, metrics=metrics)
+
+    def is_best(self, metrics: Mapping[str, float]) -> bool:
+        """Returns whether an evaluation is better than that of every checkpoint."""
+        self.checkpoints.wait()  # the one under way counts
+        best = self.checkpoints.best()
+        known = math.inf if best is None else self.checkpoints.eval_loss(best)
+        assert known is not None, "`best` has a loss"
+        return metrics["eval_loss"] < known
 
     def stop_error(self, why: str, advice: str = "") -> FloatingPointError:
         """Returns the error of a run whose newest state must not be saved."""

@@ -4,6 +4,7 @@
 import contextlib
 import functools
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,8 @@ import jax
 
 import sharding
 from jaxllm.checkpoint import Checkpoints
-from jaxllm.checkpoint.steps import CHECKPOINTS
+from jaxllm.checkpoint.label import give_run_id
+from jaxllm.checkpoint.steps import CHECKPOINTS, find_steps
 from jaxllm.cluster.agreement import Poll, describe, is_lead, of_lead, on_lead
 from jaxllm.cluster.phases import Phases
 from jaxllm.cluster.sameness import check_same
@@ -21,6 +23,7 @@ from jaxllm.cluster.stragglers import Stragglers
 from jaxllm.config import Config
 from jaxllm.config.saved import write_config
 from jaxllm.errors import InputError
+from jaxllm.files import local_path
 from jaxllm.inspect.profiler import FOLDER, SKIPPED, TRACEABLE, Profiler
 from jaxllm.plan import budget
 from jaxllm.plan.cost import choices, cost_report
@@ -31,6 +34,7 @@ from jaxllm.records.ledger import Ledger
 from jaxllm.records.metrics import MetricsWriter, check_loggers
 from jaxllm.run.anomalies import Anomalies
 from jaxllm.run.data import RunData, open_run_data, open_train_data
+from jaxllm.run.rate_change import warn_of_rate
 from jaxllm.run.run import Run, Streams
 from jaxllm.run.saved_model import save_tokenizer
 from jaxllm.run.saves import Saved, Saves
@@ -45,7 +49,7 @@ _log = logging.getLogger(__name__)
 @contextlib.contextmanager
 def open_run(
     config: Config,
-    workdir: Path,
+    workdir: str | os.PathLike[str],
     phases: Phases,
     *,
     overwrite: bool,
@@ -57,9 +61,11 @@ def open_run(
     loop or with Ctrl-C, leaves a checkpoint to resume.
 
     Raises:
-      InputError, sharding.ShardingError: before anything is compiled or written.
+      TypeError, InputError, sharding.ShardingError: before anything is compiled or
+        written.
       KernelMismatch: a kernel gives wrong numbers on this machine.
     """
+    workdir = _check_arguments(config, workdir)
     started_with = {
         "the last part of --workdir": workdir.absolute().name,
         "--overwrite": overwrite,
@@ -75,7 +81,12 @@ def open_run(
         stack.callback(phases.begin, "save")  # closing waits for the one under way
         num_saved = of_lead(checkpoints.latest() or 0)
         if num_saved == config.steps:
-            _log.info("%s has finished its %d steps.", workdir, config.steps)
+            _log.info(
+                "%s has finished its %d steps; go on with --config.steps=%d, say.",
+                workdir,
+                config.steps,
+                2 * config.steps,
+            )
             yield None
             return
         _log.info("%s", report)
@@ -83,10 +94,11 @@ def open_run(
             check_kernels(config, setup.mesh)
         _check_steps(config, num_saved, profile_steps)
         saves = Saves(setup, checkpoints, data.fingerprint, data.eval_fingerprint)
-        with phases("restore" if checkpoints.steps() else "start"):
+        with phases("start" if checkpoints.is_empty() else "restore"):
             saved = saves.newest()
         # One that only some of them can read would not do.
         check_same(config, {"the save to resume from": saved.step})
+        on_lead(lambda: warn_of_rate(workdir, config, saved.step))
         ledger.begin(saved.step)
         on_lead(lambda: _describe_run(workdir, config))
         run = _assemble(data, saves, saved, ledger, phases, workdir, profile_steps)
@@ -99,6 +111,20 @@ def open_run(
             except (GeneratorExit, KeyboardInterrupt):
                 run.save_newest()
                 raise
+
+
+def _check_arguments(config: object, workdir: object) -> Path:
+    if not isinstance(config, Config):
+        raise TypeError(
+            f"config is of type {type(config).__name__}, and must be a "
+            "jaxllm.config.Config; jaxllm.config.load_config reads one from a file."
+        )
+    if not isinstance(workdir, str | os.PathLike):
+        raise TypeError(
+            f"workdir is {workdir!r}, and must be the path of the run's own directory, "
+            "such as 'runs/first'."
+        )
+    return local_path("--workdir", workdir)
 
 
 def _check(
@@ -184,6 +210,8 @@ def _open_streams(
 
 
 def _describe_run(workdir: Path, config: Config):
+    steps = find_steps(workdir / CHECKPOINTS)[0]
+    give_run_id(workdir, workdir / CHECKPOINTS / str(steps[-1]) if steps else None)
     write_config(workdir, config)
     save_tokenizer(config.data.paths, workdir)
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import sharding
-from jaxllm.checkpoint.checksum import checksums, json_checksum
+from jaxllm.checkpoint.checksum import checksums
+from jaxllm.checkpoint.label import json_checksum
 
 DTYPES = ["float32", "bfloat16", "float16", "int32", "uint8", "bool"]
 
