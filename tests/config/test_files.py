@@ -243,3 +243,19 @@ def test_types_are_checked_in_a_section_alone():
     check_types(CONFIG.model)
     wrong = dataclasses.replace(CONFIG.model, qk_norm="yes")  # pyright: ignore
     assert refusal(check_types, wrong) == "config.model.qk_norm='yes' must be bool."
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("import sys; sys.exit(0)", "it exits with 0; it must only define get_config"),
+        ("raise SystemExit", "it exits with None; it must only define get_config"),
+        ("raise KeyboardInterrupt", "KeyboardInterrupt"),
+    ],
+)
+@pytest.mark.parametrize("where", ["", "def get_config():\n    "])
+def test_a_config_file_that_ends_the_program_is_refused(write, line, said, where):
+    path = write(f"{where}{line}\n{'' if where else FILE}")
+    assert refusal(load_config, path).startswith(
+        f"{path}, line {2 if where else 1}: {said}"
+    )

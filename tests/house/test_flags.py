@@ -143,7 +143,7 @@ def test_other_endings_have_their_status(run, error, status, message):
         (sharding.ShardingError("no such mesh"), 2, "no such mesh"),
         (CheckpointError("step 3 is damaged"), 1, "step 3 is damaged"),
         (OSError(errno.ENOSPC, "Full", "/x"), 1, "/x: Full; nothing that was saved is"),
-        (OSError(errno.EDQUOT, "Quota"), 1, "Quota; nothing that was saved is lost."),
+        (OSError(errno.EDQUOT, "Quota"), 1, "Quota; nothing that was saved is lost"),
         (PermissionError(errno.EACCES, "Denied", "/x"), 2, "/x: Denied; give a path"),
         (OSError(errno.EROFS, "Read only", "/x"), 2, "/x: Read only; give a path"),
         (

@@ -4,6 +4,7 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,7 @@ def test_a_command_trains_says_how_it_goes_and_ends_with_0(folder, run_command):
         "config.json",
         "metrics.jsonl",
         "ledger.jsonl",
+        "run_id.txt",
         "checkpoints",
         "tensorboard",
         "tokenizer",
@@ -63,7 +65,7 @@ def test_a_command_trains_says_how_it_goes_and_ends_with_0(folder, run_command):
     again = run_command("train --config run.py --workdir run", folder)
     assert (again.status, again.stderr) == (FINISHED, "")
     assert again.stdout.splitlines() == [
-        "run has finished its 4 steps.",
+        "run has finished its 4 steps; go on with --config.steps=8, say.",
         "finished: run",
     ]
 
@@ -107,28 +109,83 @@ def test_a_loss_that_is_not_finite_ends_with_1_and_what_to_do(folder, run_comman
     assert not (folder / "run/checkpoints").exists() or saved(folder / "run") == []
 
 
-def test_a_reader_that_goes_away_leaves_a_saved_run(folder):
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "jaxllm.train", "--config=run.py"),
-            *("--workdir=run", "--config.steps=100000", "--config.eval.every=0"),
-            "--config.checkpoint.every=100000",
-        ],
+def shell(command: str, folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Runs `python -m jaxllm.COMMAND`, with the redirections of a shell."""
+    return subprocess.run(
+        f"{sys.executable} -m jaxllm.{command}",
+        shell=True,
+        executable="/bin/bash",
+        cwd=folder,
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": "1", **env},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("redirection", "said"),
+    [
+        ("> /dev/full", "No space left on device"),
+        (">(head -1)", "Broken pipe"),
+        (">&-", None),
+    ],
+)
+def test_training_goes_on_without_its_output(folder, redirection, said):
+    command = "train --config=run.py --workdir=run --config.steps=40"
+    pipe = redirection.startswith(">(")
+    done = shell(f"{command} {'> ' if pipe else ''}{redirection}", folder)
+    assert done.returncode == FINISHED
+    warning = f"warning: standard output cannot be written: {said}; the command goes on"
+    assert done.stderr.startswith(warning) if said else done.stderr == ""
+    assert done.stderr.count("\n") == (said is not None)
+    assert saved(folder / "run")[-1] == "40"
+
+
+def test_a_command_whose_output_is_what_it_is_for_ends_with_1(folder, trained):
+    for redirection, said in (
+        ("> /dev/full", "error: standard output cannot be written: No space left on"),
+        ("> >(exec 0<&-; sleep 1)", ""),  # nobody reads
+    ):
+        done = shell(f"ledger {trained} {redirection}; exit $?", folder)
+        assert done.returncode == FAILED
+        assert done.stderr.startswith(said) and done.stderr.count("\n") == bool(said)
+
+
+def test_text_that_a_terminal_cannot_show_is_escaped(folder, trained):
+    workdir = shutil.copytree(trained, folder / "r\u00fcn")
+    ascii_only = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"}
+    done = shell(f"ledger {workdir}", folder, **ascii_only)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "/r\\xfcn: " in done.stdout
+
+
+LEFT_OPEN = """
+import sys
+from jaxllm.config import load_config
+from jaxllm.train import train
+records = train(load_config("run.py"), "run")
+for record in records:
+    if record["step"] == 1:
+        break
+"""
+
+
+@pytest.mark.parametrize("end", ["", "sys.exit(3)", "1 / 0"])
+def test_records_left_open_at_the_end_of_a_program_are_saved(folder, end):
+    done = subprocess.run(
+        [sys.executable, "-c", f"{LEFT_OPEN}{end}"],
         cwd=folder,
         env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"},
-        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        check=False,
     )
-    assert process.stdout is not None and process.stderr is not None
-    while not process.stdout.readline().startswith("step 3/"):
-        assert process.poll() is None
-    process.stdout.close()
-    assert process.stderr.read() == ""
-    process.stderr.close()
-    assert process.wait() == FAILED
+    assert done.returncode == {"": 0, "sys.exit(3)": 3, "1 / 0": 1}[end]
+    assert done.stderr == "" or "ZeroDivisionError" in done.stderr, done.stderr
     lines = (folder / "run/metrics.jsonl").read_text().splitlines()
-    assert saved(folder / "run") == [str(len(lines))]
+    last = max(json.loads(line)["step"] for line in lines) + 1
+    assert saved(folder / "run")[-1] == str(last)
 
 
 def test_wrong_input_is_refused_before_a_directory_is_made(tiny, tmp_path):
@@ -193,8 +250,7 @@ def test_a_state_is_restored_bitwise_onto_another_mesh(tiny, trained, tmp_path, 
         # As in test_resume.py: what is compiled there, the cache has.
         config = tiny({"steps": 8, "checkpoint.keep_best": True, **overrides})
         workdir = tmp_path / str(len(states))
-        workdir.mkdir()
-        (workdir / "checkpoints").symlink_to(trained / "checkpoints")
+        shutil.copytree(trained / "checkpoints", workdir / "checkpoints")
         with open_run(config, workdir, Phases(), overwrite=False) as run:
             assert run is not None and run.num_updates == 6
             used = run.state.params["embedding"].sharding.mesh.shape

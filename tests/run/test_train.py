@@ -18,6 +18,7 @@ from jaxllm.checkpoint.steps import CHECKPOINTS
 from jaxllm.cluster.preemption import Preempted
 from jaxllm.config.saved import read_config
 from jaxllm.errors import InputError
+from jaxllm.run.rate_change import warn_of_rate
 from jaxllm.step import prepare
 from jaxllm.train import dry_run, due, train
 
@@ -117,12 +118,37 @@ def test_the_best_save_is_kept_by_its_eval_loss(tiny, tmp_path):
         assert checkpoints.best() == best
 
 
+def test_an_evaluation_that_is_the_best_so_far_is_saved_where_it_was(tiny, tmp_path):
+    changes = {"steps": 9, "eval.every": 2, "checkpoint.every": 5}
+    config = tiny(
+        {**changes, "checkpoint.keep_best": True, "checkpoint.keep_latest": 9}
+    )
+    for record in train(config, tmp_path):
+        if record["step"] == 3:
+            break  # and resume
+    records = [*lines(tmp_path), *train(config, tmp_path)]
+    losses = {r["step"]: r["eval_loss"] for r in records if "eval_loss" in r}
+    bests = {
+        s for s in losses if losses[s] < min([9, *(losses[p] for p in losses if p < s)])
+    }
+    assert set(saved_steps(tmp_path, config)) == {4, 5, 9} | bests
+    with Checkpoints(tmp_path / CHECKPOINTS, config.checkpoint) as checkpoints:
+        assert checkpoints.best() == min(losses, key=lambda step: losses[step])
+
+
+def test_the_best_cannot_be_kept_without_evaluations(tiny):
+    with pytest.raises(
+        InputError, match=r"keep_best=True needs .* config\.eval\.every=0"
+    ):
+        tiny({"checkpoint.keep_best": True, "eval.every": 0})
+
+
 def test_a_finished_run_changes_nothing_and_says_so(tiny, trained, caplog):
     before = contents(trained)
     with caplog.at_level(logging.INFO, "jaxllm"):
         assert list(train(tiny({"checkpoint.keep_best": True}), trained)) == []
     assert contents(trained) == before
-    assert "has finished its 6 steps" in caplog.text
+    assert "finished its 6 steps; go on with --config.steps=12, say" in caplog.text
 
 
 def test_more_steps_go_on_with_a_finished_run(tiny, trained, tmp_path):
@@ -132,6 +158,21 @@ def test_more_steps_go_on_with_a_finished_run(tiny, trained, tmp_path):
     assert steps_with("loss", records) == [6, 7]
     assert steps_with("loss", lines(workdir)) == list(range(8))
     assert read_config(workdir) == config
+
+
+def test_a_learning_rate_that_jumps_at_a_resume_is_said(tiny, trained, caplog):
+    def warned(changes) -> str:
+        caplog.clear()
+        warn_of_rate(trained, tiny({"checkpoint.keep_best": True, **changes}), 6)
+        return caplog.text
+
+    assert warned({}) == warned({"optimizer.clip_norm": 3.0}) == ""
+    assert "the learning rate at step 6 rises from 0.001 to 0.006" in warned(
+        {"steps": 12}
+    )
+    advice = {"optimizer.schedule": "constant", "optimizer.lr": 0.001}  # as it says
+    assert warned({"steps": 12, **advice}) == ""
+    assert "falls from 0.001 to 0.0001" in warned({**advice, "optimizer.lr": 1e-4})
 
 
 def test_fewer_steps_than_saved_are_refused(tiny, trained):
@@ -229,6 +270,32 @@ def test_the_step_and_the_evaluation_are_compiled_once(tiny, tmp_path, caplog):
     assert names.count("eval_step") == 1
     # Nothing compiles in between: all of it happens before the first update.
     assert len(names) == len(set(names)), names
+
+
+@pytest.mark.parametrize(
+    ("config", "workdir", "message"),
+    [
+        (
+            {"steps": 3},
+            "run",
+            r"config is of type dict, .* jaxllm\.config\.load_config",
+        ),
+        ("run.py", "run", r"config is of type str, .* jaxllm\.config\.load_config"),
+        (None, None, r"workdir is None, .* such as 'runs/first'"),
+        (None, 3, r"workdir is 3, .* such as 'runs/first'"),
+    ],
+)
+def test_arguments_of_another_type_are_refused(tiny, config, workdir, message):
+    with pytest.raises(TypeError, match=message):
+        next(train(config or tiny(), workdir))
+
+
+@pytest.mark.parametrize(
+    "workdir", ["gs://b/run", Path("s3://b/run"), "r\udcff", "a\0"]
+)
+def test_a_directory_that_cannot_be_saved_into_is_refused_at_once(tiny, workdir):
+    with pytest.raises(InputError, match=r"is a URL, .* mount it|is not UTF-8 text"):
+        next(train(tiny(), workdir))
 
 
 def test_a_dry_run_says_what_a_run_costs_and_writes_nothing(
