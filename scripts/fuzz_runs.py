@@ -10,6 +10,7 @@ seed that repeats it, and the exit status is 1 if there is any.
 
 import contextlib
 import dataclasses
+import gc
 import itertools
 import logging
 import os
@@ -53,7 +54,7 @@ from jaxllm.run.workdir import TOKENIZER, claim
 from jaxllm.step import prepare
 from jaxllm.train import train
 
-LIMIT_S = 60
+LIMIT_S = 30
 STEPS: tuple[int, ...] = (2, 4, 6)
 TOKENS = "tokens"
 RUN = "run"
@@ -429,9 +430,11 @@ def resume(subject: Subject, number: int, seed: int) -> Iterator[str]:
 def main(argv: list[str]) -> int:
     del argv
     values, began_s, findings = absl_flags.FLAGS, time.monotonic(), 0
-    logging.disable()
+    logging.disable()  # of warnings that a resume would show
+    sys.unraisablehook = lambda unraisable: None  # of event loops that Orbax closed
     with tempfile.TemporaryDirectory() as folder:
         subject = make_subject(Path(folder))
+        gc.freeze()  # after a failed read all other objects are looked through
         for finding in itertools.chain(
             fuzz(subject, values.number, values.seed),
             resume(subject, values.resumes, values.seed),

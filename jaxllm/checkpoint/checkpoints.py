@@ -25,7 +25,12 @@ from jaxllm.checkpoint.leftovers import end_leftovers
 from jaxllm.checkpoint.reading import describe, orbax_context, read_params, read_step
 from jaxllm.checkpoint.steps import find_steps, set_aside
 from jaxllm.config import CheckpointConfig
-from jaxllm.errors import CheckpointError, DamagedError, InputError
+from jaxllm.errors import (
+    CheckpointError,
+    DamagedError,
+    InputError,
+    describe_os_error,
+)
 from jaxllm.files import parse_json
 
 _log = logging.getLogger(__name__)
@@ -188,7 +193,7 @@ class Checkpoints:
         errors += [f"{p} {f.text}." for p, f in find_steps(self._folder)[1].items()]
         raise CheckpointError(
             f"no step of {self._folder} can be read; put one back from a copy, or give "
-            f"another --workdir. One of them: {errors[-1]}"
+            f"another --workdir. {' '.join(errors[-1:])}".rstrip()
         )
 
     def data(self, step: int) -> dict[str, Any]:
@@ -282,8 +287,11 @@ def _inode(folder: Path) -> int | None:
     """Returns what tells a folder from another one at its path; None: there is none."""
     try:
         return folder.stat().st_ino
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        why = describe_os_error(error.errno, error.strerror)
+        raise CheckpointError(f"{folder} cannot be read: {why}.") from error
 
 
 def _is_worth_reading(record: logging.LogRecord) -> bool:

@@ -94,10 +94,10 @@ def json_checksum(value: Any) -> str:
 
 def read_run_id(workdir: Path) -> str | None:
     """Returns the id of the run in a directory, or None: it has none yet."""
-    try:
-        text = (workdir / RUN_ID).read_text(encoding="ascii").strip()
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
+    path = workdir / RUN_ID
+    if not path.is_file():  # a pipe would be waited for
         return None
+    text = path.read_bytes().decode("ascii", "replace").strip()
     return text if re.fullmatch("[0-9a-f]{16}", text) else None
 
 

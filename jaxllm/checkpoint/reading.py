@@ -11,7 +11,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from jaxllm.checkpoint.checksum import checksums
-from jaxllm.checkpoint.faults import reading
+from jaxllm.checkpoint.faults import check_files, reading
 from jaxllm.checkpoint.label import DATA, Label, read_label
 from jaxllm.checkpoint.leftovers import end_leftovers
 from jaxllm.errors import DamagedError, InputError
@@ -29,6 +29,7 @@ def read_step(folder: Path, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
       CheckpointError: it cannot be read now.
     """
     label = read_label(folder)
+    check_files(folder)
     _check_fit(folder, label, abstract_state)
     state = _load(folder, abstract_state)
     _compare(folder, label, checksums(state))
@@ -38,6 +39,7 @@ def read_step(folder: Path, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
 def read_params(folder: Path, abstract_params: Any) -> Any:
     """Returns the parameters of a step, without reading the rest; raises the same."""
     wanted, label = {"params": abstract_params}, read_label(folder)
+    check_files(folder)
     _check_fit(folder, label, wanted, within="params/")
     found = _load(folder, wanted)
     _compare(folder, label, checksums(found))
@@ -56,6 +58,7 @@ def verify_step(folder: Path) -> int | None:
     label = read_label(folder)
     if not label.checksums:
         return None
+    check_files(folder)
     tree = _saved_arrays(folder)
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
     names = [_name(path) for path, _ in leaves]

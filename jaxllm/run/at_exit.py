@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Closes what a program leaves open at its end, while threads can still be started.
 
-`atexit` comes too late: Python has then ended the thread pools that a checkpoint needs
-(findings/atexit_after_threads.py).
+`atexit` comes too late: Python has then ended the thread pools that a checkpoint needs.
 """
 
 import concurrent.futures.thread  # noqa: F401 (its own end must come after ours)

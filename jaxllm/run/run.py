@@ -150,13 +150,22 @@ class Run:
         step, state = self.num_updates, self.state
         if any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
             return
-        is_last = step == self.setup.config.steps
-        if is_last and self.eval_step is not None and step not in self.evaluated:
-            # Nothing is resumed once the last step is saved: evaluate it now.
+        if self.eval_step is not None and self._is_evaluated_only_now(step):
             for _ in self.evaluate(step, state):
                 pass
         for _ in self.save(step, state):
             pass
+
+    def _is_evaluated_only_now(self, step: int) -> bool:
+        """Returns whether the loss of a state is not known, and will be asked for.
+
+        Nothing is resumed once the last step is saved, and the loss that a save is kept
+        for as the best is part of it.
+        """
+        config = self.setup.config
+        is_due = step > 0 and step % config.eval.every == 0
+        is_asked = step == config.steps or (config.checkpoint.keep_best and is_due)
+        return is_asked and step not in self.evaluated
 
     def rewind(self):
         """Restores the newest checkpoint, or the initial state, as at a new start."""

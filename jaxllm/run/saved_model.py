@@ -11,9 +11,11 @@ from jaxllm.checkpoint import Checkpoints
 from jaxllm.checkpoint.steps import CHECKPOINTS
 from jaxllm.cluster.agreement import of_lead
 from jaxllm.config import Config
+from jaxllm.config.saved import read_values
 from jaxllm.data.manifest import MANIFEST
-from jaxllm.errors import InputError
+from jaxllm.errors import CheckpointError, DamagedError, InputError
 from jaxllm.files import local_path, parse_json, write_whole
+from jaxllm.run.saves import describe_other_model
 from jaxllm.run.workdir import TOKENIZER
 from jaxllm.text.tokenizers import HFTokenizer, Tokenizer, load_tokenizer
 
@@ -30,7 +32,18 @@ def load_params(
     """
     with Checkpoints(workdir / CHECKPOINTS, config.checkpoint) as checkpoints:
         step = _find_step(checkpoints, workdir, which)
-        return step, checkpoints.restore_params(step, abstract_params)
+        values, data = read_values(workdir), checkpoints.data(step)
+        if values and (change := describe_other_model(data, values)):
+            raise InputError(
+                f"{workdir}/config.json is not of the run that saved step {step}: "
+                f"{change}. Put it back from a copy."
+            )
+        try:
+            return step, checkpoints.restore_params(step, abstract_params)
+        except DamagedError as error:
+            others = [other for other in checkpoints.steps() if other != step]
+            advice = f"Give --step, one of {others}." if others else "No other is left."
+            raise CheckpointError(f"{error} {advice}") from error
 
 
 def document_starts(workdir: Path, config: Config, which: Which) -> frozenset[int]:
@@ -77,7 +90,7 @@ def save_tokenizer(paths: Sequence[str], workdir: Path):
 
 def has_tokenizer(workdir: Path) -> bool:
     """Returns whether a run knows the tokenizer of its data."""
-    return (workdir / TOKENIZER / "facts.json").exists()
+    return (workdir / TOKENIZER / "facts.json").is_file()
 
 
 def load_run_tokenizer(workdir: Path, given: str | None) -> Tokenizer:
@@ -104,6 +117,11 @@ def load_run_tokenizer(workdir: Path, given: str | None) -> Tokenizer:
         ) from error
     if kind == "bytes":
         return load_tokenizer("bytes")
+    if not (folder / "tokenizer.json").is_file():  # a pipe would be waited for
+        raise InputError(
+            f"{folder / 'tokenizer.json'} is missing; give --tokenizer, a "
+            "tokenizer.json, or start the run's training again."
+        )
     tokenizer = load_tokenizer(str(folder / "tokenizer.json"))
     return dataclasses.replace(tokenizer, end_of_document=end_of_document)
 

@@ -11,6 +11,8 @@ from typing import Any
 import jax
 
 from jaxllm.checkpoint import Checkpoints
+from jaxllm.config.files import config_to_dict
+from jaxllm.config.saved import compare_configs
 from jaxllm.data.fingerprint import describe_change
 from jaxllm.errors import CheckpointError, InputError
 from jaxllm.step import Setup, TrainState, init_state
@@ -73,6 +75,11 @@ class Saves:
             raise CheckpointError(f"step {step} does not say which batches come next.")
         if change := describe_change(saved["batches"], self.data):
             raise InputError(change)
+        if change := describe_other_model(saved, config_to_dict(self.setup.config)):
+            raise InputError(
+                f"step {step} was saved by a run with another model or seed: {change}. "
+                "Go back to those settings, or give another --workdir."
+            )
         anomalies = saved["anomalies"] if "anomalies" in saved else {}
         return Saved(step, state, anomalies)
 
@@ -94,10 +101,12 @@ class Saves:
           FloatingPointError: the state is not finite; nothing is written.
         """
         self._check_finite(saved, check)
+        config = config_to_dict(self.setup.config)
         data = {
             "batches": self.data,
             "eval": self.eval_data,
             "anomalies": saved.anomalies,
+            "config": {name: config[name] for name in ("seed", "model")},
         }
         self.checkpoints.save(saved.step, saved.state, data, metrics=metrics)
 
@@ -130,3 +139,15 @@ class Saves:
                 f"{len(bad)} of {len(leaves)} arrays after its update are not, first "
                 f"{name}"
             )
+
+
+def describe_other_model(saved: Mapping[str, Any], config: dict[str, Any]) -> str:
+    """Returns how a config differs in seed and model from that of a checkpoint.
+
+    Args:
+      saved: the data of the checkpoint; older ones do not have it.
+      config: as JSON.
+    """
+    if "config" not in saved:
+        return ""
+    return "; ".join(compare_configs(saved["config"], config)[0])

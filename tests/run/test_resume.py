@@ -15,8 +15,9 @@ import pytest
 import sharding
 from jaxllm.checkpoint import Checkpoints
 from jaxllm.checkpoint.steps import CHECKPOINTS
-from jaxllm.config import Config
+from jaxllm.config import Config, override
 from jaxllm.config.files import config_to_dict
+from jaxllm.errors import InputError
 from jaxllm.step import prepare
 from jaxllm.train import train
 
@@ -108,6 +109,16 @@ def test_half_a_save_is_passed_over(config, trained, tmp_path, caplog):
     assert "6 is not a whole checkpoint: no state/d" in caplog.text
     assert end(workdir, config) == end(trained, config)
     assert losses(workdir) == losses(trained)
+
+
+def test_without_its_config_a_run_is_not_resumed_with_another_seed(
+    tiny, config, trained, tmp_path
+):
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    (workdir / "config.json").unlink()
+    with pytest.raises(InputError, match=r"step 6 was saved .* config\.seed: 0 -> 1"):
+        next(train(override(config, {"steps": 8, "seed": 1}), workdir))
+    assert not (workdir / "config.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 
 from jaxllm import tokenize
 from jaxllm.config.saved import read_config
-from jaxllm.errors import InputError
+from jaxllm.errors import CheckpointError, InputError
 from jaxllm.models import Model
 from jaxllm.run.saved_model import (
     load_params,
@@ -50,6 +50,35 @@ def test_a_step_that_is_not_there_is_refused_with_those_that_are(trained, which)
     config = read_config(trained)
     with pytest.raises(InputError, match=rf"--step={which}: .* steps \[4, 6\]"):
         load_params(trained, config, which, Model(config.model).abstract)
+
+
+def test_parameters_are_not_read_under_another_model_of_the_same_shapes(
+    trained, tmp_path
+):
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    text = (workdir / "config.json").read_text()
+    theta = '"rope_theta": 10000.0'
+    assert theta in text
+    (workdir / "config.json").write_text(text.replace(theta, '"rope_theta": 10001.0'))
+    with pytest.raises(InputError, match=r"rope_theta: 10000\.0 -> 10001\.0"):
+        load_params(workdir, read_config(workdir), "latest", {})
+
+
+def test_parameters_that_are_damaged_are_refused_with_the_other_steps(
+    trained, tmp_path
+):
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    config = read_config(workdir)
+    params = Model(config.model).abstract
+    arrays = max(
+        (workdir / "checkpoints/6/state").rglob("*"), key=lambda p: p.stat().st_size
+    )
+    data = bytearray(arrays.read_bytes())
+    arrays.write_bytes(bytes(byte ^ 1 for byte in data))
+    with pytest.raises(CheckpointError, match=r"6 is damaged: .* Give --step, one of"):
+        load_params(workdir, config, "latest", params)
+    step, _ = load_params(workdir, config, 4, params)  # as it says
+    assert step == 4
 
 
 def test_a_run_without_a_save_says_so(trained, tmp_path):
