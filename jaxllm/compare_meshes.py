@@ -180,8 +180,17 @@ def prepare_on(config: Config, sizes: Sizes) -> Setup:
     return prepare(dataclasses.replace(config, mesh=asked), mesh)
 
 
-def tolerance_of(model: ModelConfig) -> float:
-    """Returns the largest relative difference of a loss that is accepted."""
+def tolerance_of(model: ModelConfig, asked: float | None = None) -> float:
+    """Returns the largest relative difference of a loss that is accepted.
+
+    Args:
+      model: decides where nothing is asked.
+      asked: by --tolerance; 0 is the same bits.
+    """
+    if asked is not None:
+        if not 0 <= asked < math.inf:
+            raise InputError(f"--tolerance={asked} must be a number from 0 on.")
+        return asked
     tolerance, moe = TOLERANCES[model.dtype], model.moe
     routed = moe.experts_per_token < moe.num_experts  # all of them need no choice
     return max(tolerance, ROUTED_TOLERANCE) if routed else tolerance
@@ -243,13 +252,7 @@ def main(argv: list[str]) -> int:
     use_compilation_cache()
     num_devices = len(find_devices(jax.config.jax_platforms))
     strict = TOLERANCES[config.model.dtype]
-    tolerance = values.tolerance
-    if tolerance is None:
-        tolerance = tolerance_of(config.model)
-    if not 0 <= tolerance < math.inf:
-        raise InputError(
-            f"--tolerance={tolerance} must be a number from 0 on; 0 is the same bits."
-        )
+    tolerance = tolerance_of(config.model, values.tolerance)
     meshes = (
         parse_meshes(values.meshes) if values.meshes else standard_meshes(num_devices)
     )

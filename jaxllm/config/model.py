@@ -21,7 +21,7 @@ Remat = Literal["none", "full", "dots", "save_attention"]
 # What is beyond these is a slip, and would be planned for minutes.
 MAX_WIDTH = 2**20
 MAX_COUNT = 2**16  # of layers, heads, experts
-MAX_UNROLLED = 512  # layers that are traced one by one
+MAX_UNROLLED = 128  # layers that are traced one by one
 MAX_MATRIX = 2**40  # numbers of a parameter of one layer: 4 TiB
 
 

@@ -2,6 +2,7 @@
 """The command that compares meshes."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +68,14 @@ def test_only_a_choice_of_experts_widens_the_tolerance(tiny):
     assert found == [1e-6, 1e-6, 1e-3]
 
 
+def test_a_tolerance_may_be_zero_and_must_be_a_number(tiny):
+    model = tiny().model
+    assert [tolerance_of(model, asked) for asked in (None, 0.0, 0.5)] == [1e-6, 0, 0.5]
+    for asked in (math.nan, math.inf, -0.1):
+        with pytest.raises(InputError, match=f"--tolerance={asked} must be"):
+            tolerance_of(model, asked)
+
+
 def test_the_standard_meshes_have_each_axis_alone_and_each_two():
     meshes = standard_meshes(8)
     axes = list(MeshConfig().sizes)
@@ -82,7 +91,10 @@ def test_meshes_are_read_as_they_are_written():
     assert read == [{"data": 8}, {"fsdp": 4, "tensor": 2}]
 
 
-@pytest.mark.parametrize("text", ["data", "data=x", "data=2=3", "data=2, fsdp=2"])
+@pytest.mark.parametrize(
+    "text",
+    ["data", "data=x", "data=2=3", "data=2, fsdp=2", "data=0", "data=4294967296"],
+)
 def test_meshes_written_otherwise_are_refused(text):
     with pytest.raises(InputError, match="must be meshes between spaces"):
         parse_meshes(text)
