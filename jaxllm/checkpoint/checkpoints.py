@@ -12,7 +12,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import jax
 from jax.experimental import multihost_utils
@@ -24,6 +24,7 @@ from jaxllm.checkpoint.label import Label, read_label, read_run_id
 from jaxllm.checkpoint.leftovers import end_leftovers
 from jaxllm.checkpoint.reading import describe, orbax_context, read_params, read_step
 from jaxllm.checkpoint.steps import find_steps, set_aside
+from jaxllm.cluster.agreement import of_lead
 from jaxllm.config import CheckpointConfig
 from jaxllm.errors import (
     CheckpointError,
@@ -90,6 +91,19 @@ class Checkpoints:
             metrics = read_label(folder).metrics or _metrics_of_old(folder) or {}
             self._losses[step] = metrics.get("eval_loss")
         return self._losses[step]
+
+    def named(self, which: int | Literal["latest", "best"]) -> int:
+        """Returns the complete step that is meant; InputError if there is none."""
+        found = {"latest": self.latest, "best": self.best}
+        step = which if isinstance(which, int) else found[which]()
+        # A run that trains meanwhile may save between the looks of two processes.
+        step = of_lead(-1 if step is None else step)
+        if step not in self.steps():
+            raise InputError(
+                f"--step={which}: {self._folder.parent} has no such save; train it "
+                f"first, or give one of the steps {self.steps()}."
+            )
+        return step
 
     def save(
         self,

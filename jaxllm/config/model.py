@@ -2,6 +2,7 @@
 """The settings of the model, with their checks. Standard library only."""
 
 import dataclasses
+import math
 from typing import Literal
 
 from jaxllm.config.checks import (
@@ -11,10 +12,13 @@ from jaxllm.config.checks import (
     divisors,
     neighbours,
 )
+from jaxllm.config.variant import RopeConfig, VariantConfig
 from jaxllm.errors import InputError
 
 Balance = Literal["none", "loss", "bias"]
-MLP = Literal["swiglu", "geglu", "gelu"]
+Bias = Literal["none", "qkv", "attention", "all"]
+MLP = Literal["swiglu", "geglu", "gelu", "gelu_exact", "relu2"]
+PLAIN_MLPS = ("gelu", "gelu_exact", "relu2")  # without a gate
 Dtype = Literal["bfloat16", "float32"]
 Remat = Literal["none", "full", "dots", "save_attention"]
 
@@ -84,6 +88,14 @@ class MoEConfig:
                 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """What differs from layer to layer."""
+
+    window: int  # keys in sight; 0: all
+    rotates: bool  # has RoPE
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Shape and numerics of a decoder-only transformer."""
@@ -95,10 +107,10 @@ class ModelConfig:
     num_kv_heads: int  # key/value heads (GQA, MQA); must divide num_heads
     head_dim: int  # width of a head; even, for RoPE
     d_ff: int  # hidden width of the MLP
-    mlp: MLP = "swiglu"  # gated MLP with SiLU (swiglu) or GELU (geglu), or plain GELU
+    mlp: MLP = "swiglu"  # gated: swiglu, geglu; plain: gelu, gelu_exact (erf), relu2
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # type of all pre-norms
     norm_eps: float = 1e-6  # added to the variance in every norm
-    bias: Literal["none", "qkv", "all"] = "none"  # projections that have a bias
+    bias: Bias = "none"  # projections that have a bias; attention: qkv and its output
     qk_norm: bool = False  # RMSNorm over each query and key head, before RoPE
     tie_embeddings: bool = False  # share the embedding with the output projection
     rope_theta: float = 10_000.0  # base of the rotary position embedding's frequencies
@@ -109,6 +121,12 @@ class ModelConfig:
     remat: Remat = "none"  # recomputation in backward; none: nothing, full: all
     scan_layers: bool = True  # compile one period of layers and scan; false: unroll
     moe: MoEConfig = MoEConfig()  # mixture of experts in place of the MLP
+    rope: RopeConfig = dataclasses.field(
+        default_factory=RopeConfig
+    )  # rotary position embedding, beyond its theta
+    variant: VariantConfig = dataclasses.field(
+        default_factory=VariantConfig
+    )  # parts of published model families
 
     def __post_init__(self):
         check_positive(
@@ -147,13 +165,16 @@ class ModelConfig:
                 f"config.model.windows={self.windows} must have an entry, in keys; "
                 "0 is all of them; use (0,) for full attention in every layer."
             )
-        if self.num_layers % len(self.windows):
-            raise InputError(
-                f"config.model.num_layers={self.num_layers} must be a multiple of the "
-                f"{len(self.windows)} entries of config.model.windows={self.windows}; "
-                f"use {neighbours(self.num_layers, len(self.windows))} layers."
-            )
+        for name, entries in dict(windows=self.windows, rope=self.rope.layers).items():
+            if self.num_layers % len(entries):
+                named = name if name == "windows" else "rope.layers"
+                raise InputError(
+                    f"config.model.num_layers={self.num_layers} must be a multiple of "
+                    f"the {len(entries)} entries of config.model.{named}={entries}; "
+                    f"use {neighbours(self.num_layers, len(entries))} layers."
+                )
         self._check_size()
+        self._check_rope()
         if self.moe.num_experts and self.bias == "all":
             raise InputError(
                 "config.model.bias=all is not for experts, which have no biases; use "
@@ -161,7 +182,7 @@ class ModelConfig:
             )
 
     def _check_size(self):
-        unrolled = len(self.windows) if self.scan_layers else self.num_layers
+        unrolled = len(self.period) if self.scan_layers else self.num_layers
         if unrolled > MAX_UNROLLED:
             raise InputError(
                 f"config.model.num_layers={self.num_layers} with "
@@ -187,6 +208,29 @@ class ModelConfig:
                     f"a parameter of {self.d_model * size} numbers, of at most "
                     f"{MAX_MATRIX}; lower one of them."
                 )
+
+    def _check_rope(self):
+        dims = self.rope.dims or self.head_dim
+        if dims > self.head_dim:
+            raise InputError(
+                f"config.model.rope.dims={dims} must not be above "
+                f"config.model.head_dim={self.head_dim}."
+            )
+        for name in ("short_factors", "long_factors"):
+            if (number := len(getattr(self.rope, name))) not in (0, dims // 2):
+                raise InputError(
+                    f"config.model.rope.{name} has {number} numbers, and there are "
+                    f"{dims // 2} frequencies; give one for each."
+                )
+
+    @property
+    def period(self) -> tuple[Layer, ...]:
+        """The layers up to where their kinds begin again."""
+        windows, rotates = self.windows, self.rope.layers
+        return tuple(
+            Layer(windows[i % len(windows)], rotates[i % len(rotates)])
+            for i in range(math.lcm(len(windows), len(rotates)))
+        )
 
     @property
     def d_ff_expert(self) -> int:

@@ -281,6 +281,7 @@ class Config:
 
     steps: int  # training steps: updates of the parameters
     seed: int = 0  # seed of the initial parameters and of the data order
+    init_from: str | None = None  # model to start from: a transformers folder, or a run
     model: ModelConfig
     data: DataConfig
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)

@@ -89,7 +89,7 @@ def _stream(setup: Setup, params: Any, batch: Batch, depth: jax.Array) -> jax.Ar
     """
     leaves, tree = jax.tree.flatten(params)
     rows = setup.plan.rows
-    period = len(setup.config.model.windows)
+    period = len(setup.config.model.period)
     kept = [
         _below(depth, leaf, row.path, row.letters, period)
         for leaf, row in zip(leaves, rows, strict=True)

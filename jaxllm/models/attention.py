@@ -9,9 +9,11 @@ from jax.ad_checkpoint import checkpoint_name
 import pallas_kernels
 import sharding
 from jaxllm.config import KernelsConfig, ModelConfig
+from jaxllm.config.model import Layer
 from jaxllm.models.context_attention import ContextAttention
-from jaxllm.models.norms import HeadNorm
+from jaxllm.models.norms import AllHeadsNorm, HeadNorm
 from jaxllm.models.parameters import add_bias, matrix, project, project_all, vector
+from jaxllm.models.rope import rotate
 from pallas_kernels.attention import RangedAttention
 
 Cache = dict[str, jax.Array]  # of one layer: "key" and "value", BSKH
@@ -21,9 +23,9 @@ class Attention(nnx.Module):
     """Projections, RoPE and the attention operation of one layer."""
 
     def __init__(
-        self, config: ModelConfig, kernels: KernelsConfig, window: int, key: jax.Array
+        self, config: ModelConfig, kernels: KernelsConfig, layer: Layer, key: jax.Array
     ):
-        self.config, self.kernels, self.window = config, kernels, window
+        self.config, self.kernels, self.layer = config, kernels, layer
         self.rematted = config.remat != "none"
         d, n, k, h = (
             config.d_model,
@@ -43,11 +45,16 @@ class Attention(nnx.Module):
             self.query_bias = vector(0.0, (n, h), "NH")
             self.key_bias = vector(0.0, (k, h), "KH")
             self.value_bias = vector(0.0, (k, h), "KH")
-        if config.bias == "all":
+        if config.bias in ("attention", "all"):
             self.out_bias = vector(0.0, (d,), "D")
-        if config.qk_norm:
+        if config.qk_norm and config.variant.qk_norm in ("heads", "rotated"):
             self.query_norm = HeadNorm(config, kernels)
             self.key_norm = HeadNorm(config, kernels)
+        elif config.qk_norm:
+            self.query_norm = AllHeadsNorm(config, "N")
+            self.key_norm = AllHeadsNorm(config, "K")
+        if config.variant.attention_sinks:
+            self.sinks = vector(0.0, (n,), "N")
 
     def __call__(
         self,
@@ -57,7 +64,8 @@ class Attention(nnx.Module):
         cache: Cache | None,
     ) -> tuple[jax.Array, Cache | None]:
         """Returns the layer's output and the cache with this call's keys and values."""
-        q_BTNH, k_BTKH, v_BTKH = self._heads(x_BTD, positions_BT)
+        length = x_BTD.shape[1] if cache is None else cache["key"].shape[1]
+        q_BTNH, k_BTKH, v_BTKH = self._heads(x_BTD, positions_BT, length)
         if cache is None:
             out_BTNH = self._attend_rows(q_BTNH, k_BTKH, v_BTKH, segments_BT)
         else:
@@ -68,11 +76,11 @@ class Attention(nnx.Module):
             out_BTNH = self._attend_cached(q_BTNH, cache, positions_BT)
         out_BTD = project("BTNH,NHD->BTD", out_BTNH, self.out[...], self.rematted)
         out_BTD = sharding.place_like(out_BTD, x_BTD)
-        if self.config.bias == "all":
+        if self.config.bias in ("attention", "all"):
             out_BTD = add_bias(out_BTD, self.out_bias[...], "D")
         return checkpoint_name(out_BTD, "attention_out"), cache
 
-    def _heads(self, x_BTD, positions_BT):
+    def _heads(self, x_BTD, positions_BT, length):
         q_BTNH, k_BTKH, v_BTKH = project_all(
             "BTD,DNH,DKH,DKH->BTNH,BTKH,BTKH",
             x_BTD,
@@ -83,15 +91,27 @@ class Attention(nnx.Module):
             q_BTNH = add_bias(q_BTNH, self.query_bias[...], "NH")
             k_BTKH = add_bias(k_BTKH, self.key_bias[...], "KH")
             v_BTKH = add_bias(v_BTKH, self.value_bias[...], "KH")
-        if self.config.qk_norm:
+        before = self.config.variant.qk_norm != "rotated"
+        if self.config.qk_norm and before:
             q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
-        q_BTNH = rotate(q_BTNH, positions_BT, self.config.rope_theta)
-        k_BTKH = rotate(k_BTKH, positions_BT, self.config.rope_theta)
+        where = positions_BT, self.config, self.layer, length
+        q_BTNH, k_BTKH = rotate(q_BTNH, *where), rotate(k_BTKH, *where)
+        if self.config.qk_norm and not before:
+            q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
+        q_BTNH = self._grow(q_BTNH, positions_BT)
         return (
             checkpoint_name(q_BTNH, "query"),
             checkpoint_name(k_BTKH, "key"),
             checkpoint_name(v_BTKH, "value"),
         )
+
+    def _grow(self, q_BTNH, positions_BT):
+        """Multiplies queries by 1 + b log(1 + position // original length)."""
+        if not (growth := self.config.variant.query_growth):
+            return q_BTNH
+        times_BT = positions_BT // self.config.rope.original_length
+        factor_BT = 1 + growth * jnp.log1p(times_BT.astype(jnp.float32))
+        return (q_BTNH * factor_BT[:, :, None, None]).astype(q_BTNH.dtype)
 
     def _attend_rows(self, q_BTNH, k_BSKH, v_BSKH, segments_BT):
         if sharding.axes_of("T"):
@@ -105,10 +125,11 @@ class Attention(nnx.Module):
         attention = ContextAttention(
             RangedAttention(
                 softcap=self.config.attention_softcap,
+                scale=self.config.variant.attention_scale,
                 deterministic=self.kernels.deterministic,
                 implementation=self.kernels.attention,
             ),
-            window=self.window,
+            window=self.layer.window,
             exchange=self.kernels.context,
         )
         segments = () if segments_BT is None else (segments_BT,)
@@ -129,37 +150,26 @@ class Attention(nnx.Module):
         )
 
     def _attend_locally(self, implementation, q_BTNH, k_BSKH, v_BSKH, **masks_BT):
-        def attention(q_BTNH, k_BSKH, v_BSKH, *masks):
+        sinks = {"sinks_N": self.sinks} if self.config.variant.attention_sinks else {}
+        names = (*masks_BT, *sinks)
+
+        def attention(q_BTNH, k_BSKH, v_BSKH, *arrays):
             return pallas_kernels.attention(
                 q_BTNH,
                 k_BSKH,
                 v_BSKH,
-                **dict(zip(masks_BT, masks, strict=True)),
-                window=self.window,
+                **dict(zip(names, arrays, strict=True)),
+                window=self.layer.window,
                 softcap=self.config.attention_softcap,
+                scale=self.config.variant.attention_scale,
                 deterministic=self.kernels.deterministic,
                 implementation=implementation,
             )
 
-        ins = ("BTNH", "BSKH", "BSKH", *("BT" for _ in masks_BT))
+        ins = ("BTNH", "BSKH", "BSKH", *("BT" for _ in masks_BT), *("N" for _ in sinks))
         attention = sharding.local(attention, ins, "BTNH")
-        return attention(q_BTNH, k_BSKH, v_BSKH, *masks_BT.values())
-
-
-def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
-    """Returns heads turned by their position: RoPE, on the two halves of a head.
-
-    Source: Su et al., "RoFormer" (arXiv:2104.09864), with the halves paired as in
-    Llama's published weights for transformers.
-    """
-    half = x_BTNH.shape[-1] // 2
-    exponents = jnp.arange(half, dtype=jnp.float32) / half
-    speeds = jnp.power(jnp.float32(theta), -exponents)
-    angles = positions_BT[:, :, None].astype(jnp.float32) * speeds[None, None]
-    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
-    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    return jnp.concatenate(turned, axis=-1).astype(x_BTNH.dtype)
+        vectors = (sinks_N[...] for sinks_N in sinks.values())
+        return attention(q_BTNH, k_BSKH, v_BSKH, *masks_BT.values(), *vectors)
 
 
 def _write(cache_BSKH, new_BTKH, positions_BT):

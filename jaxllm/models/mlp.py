@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The feed-forward sublayer."""
 
+import functools
+
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 import sharding
 from jaxllm.config import ModelConfig
+from jaxllm.config.model import PLAIN_MLPS
 from jaxllm.models.parameters import (
     add_bias,
     matrix,
@@ -16,27 +20,36 @@ from jaxllm.models.parameters import (
     vector,
 )
 
+# By `config.mlp`: of the gate, or of a layer without one.
+ACTIVATIONS = {
+    "swiglu": jax.nn.silu,
+    "geglu": jax.nn.gelu,
+    "gelu": jax.nn.gelu,
+    "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+}
+
 
 class MLP(nnx.Module):
-    """SwiGLU, GeGLU (Shazeer, arXiv:2002.05202) or a plain GELU layer."""
+    """A gated layer (Shazeer, arXiv:2002.05202) or a plain one, by `config.mlp`."""
 
     def __init__(self, config: ModelConfig, key: jax.Array):
         self.config = config
         d, f = config.d_model, config.d_ff
         keys = jax.random.split(key, 3)
         self.up = matrix(keys[0], (d, f), "DF", d**-0.5)
-        if config.mlp != "gelu":
+        if config.mlp not in PLAIN_MLPS:
             self.gate = matrix(keys[1], (d, f), "DF", d**-0.5)
         std = f**-0.5 * (2 * config.num_layers) ** -0.5
         self.down = matrix(keys[2], (f, d), "FD", std)
         if config.bias == "all":
             self.up_bias = vector(0.0, (f,), "F")
             self.down_bias = vector(0.0, (d,), "D")
-            if config.mlp != "gelu":
+            if config.mlp not in PLAIN_MLPS:
                 self.gate_bias = vector(0.0, (f,), "F")
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        run = self._plain if self.config.mlp == "gelu" else self._gated
+        run = self._plain if self.config.mlp in PLAIN_MLPS else self._gated
         out_BTD = sharding.place_like(run(x_BTD), x_BTD)
         if self.config.bias == "all":
             out_BTD = add_bias(out_BTD, self.down_bias[...], "D")
@@ -47,7 +60,7 @@ class MLP(nnx.Module):
         up_BTF = project("BTD,DF->BTF", x_BTD, self.up[...], rematted)
         if self.config.bias == "all":
             up_BTF = add_bias(up_BTF, self.up_bias[...], "F")
-        h_BTF = jax.nn.gelu(checkpoint_name(up_BTF, "up"))
+        h_BTF = ACTIVATIONS[self.config.mlp](checkpoint_name(up_BTF, "up"))
         return project("BTF,FD->BTD", h_BTF, self.down[...], rematted)
 
     def _gated(self, x_BTD):
@@ -63,5 +76,5 @@ class MLP(nnx.Module):
         up_BTF, gate_BTF = jax.lax.optimization_barrier((up_BTF, gate_BTF))
         up_BTF = checkpoint_name(up_BTF, "up")
         gate_BTF = checkpoint_name(gate_BTF, "gate")
-        activation = jax.nn.silu if self.config.mlp == "swiglu" else jax.nn.gelu
+        activation = ACTIVATIONS[self.config.mlp]
         return project_gated(activation, up_BTF, gate_BTF, self.down[...], rematted)

@@ -4,6 +4,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jaxllm.config import KernelsConfig, ModelConfig
@@ -45,3 +46,17 @@ class Model:
 
     def _make(self, key: jax.Array) -> Transformer:
         return Transformer(self.config, self._kernels, key)
+
+
+def logits(config: ModelConfig, params: Params, tokens_BT: jax.Array) -> jax.Array:
+    """Returns float32 logits_BTV of whole rows, without a mesh.
+
+    Args:
+      config: of the model.
+      params: its parameters, on one device.
+      tokens_BT: int32; each row is one document, from its first token on.
+    """
+    module = Model(config).bind(params)
+    positions_T = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
+    positions_BT = jnp.broadcast_to(positions_T, tokens_BT.shape)
+    return module.logits(module(tokens_BT, positions_BT)[0])

@@ -118,7 +118,7 @@ def schedule_stages(
             f"config.model.scan_layers=False leaves no L (layers) for {where} to "
             "cut; use config.model.scan_layers=True, or stage=1."
         )
-    groups, period = num_stages * num_rounds, len(model.windows)
+    groups, period = num_stages * num_rounds, len(model.period)
     periods = model.num_layers // period
     if periods % groups:
         fits = [d for d in divisors(periods) if d % num_rounds == 0]

@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 import sharding
 from jaxllm.config import KernelsConfig, ModelConfig
+from jaxllm.config.model import Layer
 from jaxllm.models.attention import Attention, Cache
 from jaxllm.models.mlp import MLP
 from jaxllm.models.moe.layer import MoE
@@ -41,19 +42,27 @@ SAVED_NAMES = {
 
 
 class Block(nnx.Module):
-    """One layer: attention and MLP, each behind a norm and beside the residual."""
+    """One layer: attention and MLP, with norms, beside the residual."""
 
     def __init__(
-        self, config: ModelConfig, kernels: KernelsConfig, window: int, key: jax.Array
+        self, config: ModelConfig, kernels: KernelsConfig, layer: Layer, key: jax.Array
     ):
+        self.config = config
+        variant = config.variant
         attention_key, mlp_key = jax.random.split(key)
-        self.attention_norm = Norm(config, kernels)
-        self.attention = Attention(config, kernels, window, attention_key)
-        self.mlp_norm = Norm(config, kernels)
+        before = variant.norm_position != "post"
+        if before:
+            self.attention_norm = Norm(config, kernels)
+        self.attention = Attention(config, kernels, layer, attention_key)
+        if before and variant.parallel != "one_norm":
+            self.mlp_norm = Norm(config, kernels)
         if config.moe.num_experts:
             self.mlp = MoE(config, kernels, mlp_key)
         else:
             self.mlp = MLP(config, mlp_key)
+        if variant.norm_position != "pre":
+            self.attention_out_norm = Norm(config, kernels)
+            self.mlp_out_norm = Norm(config, kernels)
 
     def __call__(
         self,
@@ -63,19 +72,38 @@ class Block(nnx.Module):
         is_token_BT: jax.Array,
         cache: Cache | None,
     ) -> tuple[jax.Array, Cache | None, Stats]:
-        decoding = cache is not None
+        variant, decoding = self.config.variant, cache is not None
+        post = variant.norm_position == "post"
         with jax.named_scope("attention"):
-            y_BTD, cache = self.attention(
-                self.attention_norm(x_BTD), positions_BT, segments_BT, cache
-            )
-        stats = {}
+            read_BTD = x_BTD if post else self.attention_norm(x_BTD)
+            y_BTD, cache = self.attention(read_BTD, positions_BT, segments_BT, cache)
+            y_BTD = self._finish(y_BTD, "attention_out_norm")
         with jax.named_scope("mlp"):
-            y_BTD, x_BTD = self.mlp_norm.add(x_BTD, y_BTD)
-            if isinstance(self.mlp, MoE):
-                y_BTD, stats = self.mlp(y_BTD, is_token_BT, drop=not decoding)
+            if variant.parallel == "none":
+                # The norm's kernel adds what comes before it in the same pass.
+                read_BTD, x_BTD = (
+                    (x_BTD + y_BTD,) * 2 if post else self.mlp_norm.add(x_BTD, y_BTD)
+                )
             else:
-                y_BTD = self.mlp(y_BTD)
+                if variant.parallel == "two_norms":
+                    read_BTD = self.mlp_norm(x_BTD)
+                x_BTD = x_BTD + y_BTD
+            y_BTD, stats = self._mlp(read_BTD, is_token_BT, decoding)
+            y_BTD = self._finish(y_BTD, "mlp_out_norm")
         return checkpoint_name(x_BTD + y_BTD, "block"), cache, stats
+
+    def _mlp(self, x_BTD, is_token_BT, decoding):
+        if isinstance(self.mlp, MoE):
+            return self.mlp(x_BTD, is_token_BT, drop=not decoding)
+        return self.mlp(x_BTD), {}
+
+    def _finish(self, y_BTD: jax.Array, norm: str) -> jax.Array:
+        """Returns what is added to the residual stream, of a sublayer's output."""
+        if self.config.variant.norm_position != "pre":
+            y_BTD = getattr(self, norm)(y_BTD)
+        if (scale := self.config.variant.residual_scale) != 1.0:
+            y_BTD = (y_BTD * scale).astype(y_BTD.dtype)
+        return y_BTD
 
 
 class Period(nnx.Module):
@@ -85,12 +113,12 @@ class Period(nnx.Module):
         self,
         config: ModelConfig,
         kernels: KernelsConfig,
-        windows: tuple[int, ...],
+        layers: tuple[Layer, ...],
         keys: jax.Array,
     ):
-        self.names = tuple(str(i) for i in range(len(windows)))
-        for name, window, key in zip(self.names, windows, keys, strict=True):
-            setattr(self, name, Block(config, kernels, window, key))
+        self.names = tuple(str(i) for i in range(len(layers)))
+        for name, layer, key in zip(self.names, layers, keys, strict=True):
+            setattr(self, name, Block(config, kernels, layer, key))
 
     def __call__(self, x_BTD, positions_BT, segments_BT, is_token_BT, cache):
         """Returns x after every block, each block's cache by its name, mean stats."""
@@ -117,12 +145,17 @@ class Transformer(nnx.Module):
         v, d = config.vocab_size, config.d_model
         self.embedding = matrix(embed_key, (v, d), "VD", 0.02)
         keys = jax.random.split(blocks_key, config.num_layers)
-        repeats = config.num_layers // len(config.windows)
+        repeats = config.num_layers // len(config.period)
         if config.scan_layers:
-            make = functools.partial(Period, config, kernels, config.windows)
+            make = functools.partial(Period, config, kernels, config.period)
             self.blocks = stack(make, keys.reshape(repeats, -1))
         else:
-            self.blocks = Period(config, kernels, config.windows * repeats, keys)
+            self.blocks = Period(config, kernels, config.period * repeats, keys)
+        if config.variant.positions:
+            shape = (config.variant.positions, d)
+            self.positions = matrix(jax.random.fold_in(key, 1), shape, "VD", 0.02)
+        if config.variant.embedding_norm:
+            self.embedding_norm = Norm(config, kernels)
         self.final_norm = Norm(config, kernels)
         if not config.tie_embeddings:
             self.output = matrix(output_key, (d, v), "DV", 0.02)
@@ -168,7 +201,7 @@ class Transformer(nnx.Module):
             known = segments_BT is not None
             is_token_BT = segments_BT > 0 if known else jnp.ones_like(tokens_BT, bool)
         with jax.named_scope("embedding"):
-            x_BTD = embed(tokens_BT, self.embedding[...], jnp.dtype(self.config.dtype))
+            x_BTD = self._embed(tokens_BT, positions_BT)
             # Tokens that are generated come one by one: nothing shards their T.
             table = sharding.COMPUTE if cache is not None else sharding.RESIDUAL
             x_BTD = sharding.constrain(x_BTD, "BTD", table)
@@ -180,7 +213,21 @@ class Transformer(nnx.Module):
         with jax.named_scope("final_norm"):
             if final_norm:
                 x_BTD = self.final_norm(x_BTD)
+                if (scale := self.config.variant.logit_scale) != 1.0:
+                    x_BTD = (x_BTD * scale).astype(x_BTD.dtype)
             return sharding.constrain(x_BTD, "BTD"), cache, stats
+
+    def _embed(self, tokens_BT, positions_BT):
+        variant, dtype = self.config.variant, jnp.dtype(self.config.dtype)
+        x_BTD = embed(tokens_BT, self.embedding[...], dtype)
+        if variant.embedding_scale != 1.0:
+            # Rounded to the dtype first, as the published models were trained.
+            x_BTD = x_BTD * jnp.asarray(variant.embedding_scale, dtype)
+        if variant.positions:
+            x_BTD = x_BTD + embed(positions_BT, self.positions[...], dtype)
+        if variant.embedding_norm:
+            x_BTD = self.embedding_norm(x_BTD)
+        return x_BTD
 
     def output_weights(self) -> tuple[jax.Array, str]:
         """Returns the parameter that maps x to logits, and its letters."""
@@ -241,7 +288,7 @@ def make_cache(config: ModelConfig, batch: int, length: int) -> Caches:
                 f"a KV cache takes {named}, which mesh {axis}={size} cuts; generate on "
                 f"a mesh of {axis}=1, with tensor or fsdp instead."
             )
-    period = len(config.windows)
+    period = len(config.period)
     repeats = config.num_layers // period
     shape = (batch, length, config.num_kv_heads, config.head_dim)
     letters = "BSKH"

@@ -4,6 +4,7 @@
 from collections.abc import Mapping
 
 from jaxllm.config import ModelConfig
+from jaxllm.config.model import PLAIN_MLPS
 
 # Dense bfloat16 matmuls with float32 accumulation, FLOP/s of one GPU, by the words of
 # its name; the first entry with all its words in the name counts. From NVIDIA's data
@@ -40,20 +41,42 @@ VARIANTS = {"MIG", "Laptop", "D", "Max"}
 
 def num_parameters(model: ModelConfig) -> int:
     """Returns the number of values of all parameters, exactly."""
-    norm = model.d_model * (2 if model.norm == "layernorm" else 1)
+    tables = model.vocab_size * model.d_model * (1 if model.tie_embeddings else 2)
+    variant = model.variant
+    tables += variant.positions * model.d_model
+    norm, num_norms = _norm(model), 1 + variant.embedding_norm
+    return tables + model.num_layers * _layer(model) + num_norms * norm
+
+
+def _layer(model: ModelConfig) -> int:
+    variant, moe = model.variant, model.moe
     heads = model.num_heads * model.head_dim
     kv_heads = model.num_kv_heads * model.head_dim
-    layer = _layer_matrices(model, model.moe.num_experts) + 2 * norm
-    if model.moe.balance == "bias":
-        layer += model.moe.num_experts
-    if model.qk_norm:
-        layer += 2 * model.head_dim
+    layer = _layer_matrices(model, moe.num_experts) + _num_norms(model) * _norm(model)
+    if moe.balance == "bias":
+        layer += moe.num_experts
+    if model.qk_norm and variant.qk_norm != "rotated":
+        flat = variant.qk_norm in ("flat", "layernorm")
+        layer += heads + kv_heads if flat else 2 * model.head_dim
+    if variant.attention_sinks:
+        layer += model.num_heads
     if model.bias != "none":
         layer += heads + 2 * kv_heads
+    if model.bias in ("attention", "all"):
+        layer += model.d_model
     if model.bias == "all":
-        layer += 2 * model.d_model + (_mlp_inputs(model) * model.d_ff)
-    tables = model.vocab_size * model.d_model * (1 if model.tie_embeddings else 2)
-    return tables + model.num_layers * layer + norm
+        layer += model.d_model + (_mlp_inputs(model) * model.d_ff)
+    return layer
+
+
+def _num_norms(model: ModelConfig) -> int:
+    one = model.variant.parallel == "one_norm"
+    return {"pre": 1 if one else 2, "post": 2, "both": 4}[model.variant.norm_position]
+
+
+def _norm(model: ModelConfig) -> int:
+    has_bias = model.norm == "layernorm" and model.variant.norm_bias
+    return model.d_model * (model.variant.norm_scale + has_bias)
 
 
 def num_active_parameters(model: ModelConfig) -> int:
@@ -164,4 +187,4 @@ def _expert(model: ModelConfig) -> int:
 
 
 def _mlp_inputs(model: ModelConfig) -> int:
-    return 1 if model.mlp == "gelu" else 2  # up, or gate and up
+    return 1 if model.mlp in PLAIN_MLPS else 2  # up, or gate and up

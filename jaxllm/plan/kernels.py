@@ -59,7 +59,13 @@ def check_kernels(config: Config, mesh: Mesh) -> None:
 
 
 def _choose_attention(config: Config, mesh: Mesh) -> Choice:
-    model = config.model
+    model, sinks = config.model, config.model.variant.attention_sinks
+    if sinks and mesh.shape["context"] > 1:
+        raise InputError(
+            f"config.mesh.context={mesh.shape['context']} shards rows, over which "
+            "config.model.variant.attention_sinks=True is not summed; use "
+            "config.mesh.context=1."
+        )
     length = config.data.sequence_length // mesh.shape["context"]
     integers_BT = _shape(1, length, dtype="int32")
     return pallas_kernels.choose_attention(
@@ -69,6 +75,7 @@ def _choose_attention(config: Config, mesh: Mesh) -> Choice:
         start_BT=integers_BT if mesh.shape["context"] > 1 else None,
         window=max(model.windows),
         softcap=model.attention_softcap,
+        sinks_N=_shape(model.num_heads, dtype="float32") if sinks else None,
         deterministic=config.kernels.deterministic,
         implementation=config.kernels.attention,
     )
@@ -178,7 +185,9 @@ ASKS = (
         label="norm of heads",
         choose=_choose_head_norm,
         check=_check_head_norm,
-        is_asked=lambda model: model.qk_norm,
+        is_asked=lambda model: (
+            model.qk_norm and model.variant.qk_norm in ("heads", "rotated")
+        ),
     ),
     Ask(
         setting="cross_entropy",

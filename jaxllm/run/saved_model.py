@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from jaxllm.checkpoint import Checkpoints
 from jaxllm.checkpoint.steps import CHECKPOINTS
-from jaxllm.cluster.agreement import of_lead
 from jaxllm.config import Config
 from jaxllm.config.saved import read_values
 from jaxllm.data.manifest import MANIFEST
@@ -31,7 +30,7 @@ def load_params(
       InputError: the run has no such step.
     """
     with Checkpoints(workdir / CHECKPOINTS, config.checkpoint) as checkpoints:
-        step = _find_step(checkpoints, workdir, which)
+        step = checkpoints.named(which)
         values, data = read_values(workdir), checkpoints.data(step)
         if values and (change := describe_other_model(data, values)):
             raise InputError(
@@ -55,7 +54,7 @@ def document_starts(workdir: Path, config: Config, which: Which) -> frozenset[in
       InputError: the run has no such step.
     """
     with Checkpoints(workdir / CHECKPOINTS, config.checkpoint) as checkpoints:
-        saved = checkpoints.data(_find_step(checkpoints, workdir, which))
+        saved = checkpoints.data(checkpoints.named(which))
     batches = saved.get("batches", {})
     if batches.get("order_version", 1) < 2:
         return frozenset()
@@ -124,17 +123,3 @@ def load_run_tokenizer(workdir: Path, given: str | None) -> Tokenizer:
         )
     tokenizer = load_tokenizer(str(folder / "tokenizer.json"))
     return dataclasses.replace(tokenizer, end_of_document=end_of_document)
-
-
-def _find_step(checkpoints: Checkpoints, workdir: Path, which: Which) -> int:
-    steps = checkpoints.steps()
-    found = {"latest": checkpoints.latest, "best": checkpoints.best}
-    step = which if isinstance(which, int) else found[which]()
-    # A run that trains meanwhile may save between the looks of two processes.
-    step = of_lead(-1 if step is None else step)
-    if step not in steps:
-        raise InputError(
-            f"--step={which}: {workdir} has no such save; train it first, or give one "
-            f"of the steps {steps}."
-        )
-    return step

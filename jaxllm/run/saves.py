@@ -15,7 +15,8 @@ from jaxllm.config.files import config_to_dict
 from jaxllm.config.saved import compare_configs
 from jaxllm.data.fingerprint import describe_change
 from jaxllm.errors import CheckpointError, InputError
-from jaxllm.step import Setup, TrainState, init_state
+from jaxllm.run.origin import first_state
+from jaxllm.step import Setup, TrainState
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class Saves:
         """
         self.checkpoints.wait()
         if self.checkpoints.is_empty():
-            return Saved(0, init_state(self.setup), {})
+            return Saved(0, first_state(self.setup), {})
         began_at_s = time.perf_counter()
         step, state, saved = self.checkpoints.restore_newest(self.setup.abstract_state)
         found = self._read(step, state, saved)
@@ -59,7 +60,7 @@ class Saves:
         """Returns the newest checkpoint of at most a step, or the initial state."""
         steps = [saved for saved in self.checkpoints.steps() if saved <= step]
         if not steps:
-            return Saved(0, init_state(self.setup), {})
+            return Saved(0, first_state(self.setup), {})
         abstract = self.setup.abstract_state
         return self._read(steps[-1], *self.checkpoints.restore(steps[-1], abstract))
 

@@ -34,6 +34,7 @@ from jaxllm.records.ledger import Ledger
 from jaxllm.records.metrics import MetricsWriter, check_loggers
 from jaxllm.run.anomalies import Anomalies
 from jaxllm.run.data import RunData, open_run_data, open_train_data
+from jaxllm.run.origin import check_origin, keep_origin
 from jaxllm.run.rate_change import warn_of_rate
 from jaxllm.run.run import Run, Streams
 from jaxllm.run.saved_model import save_tokenizer
@@ -142,6 +143,7 @@ def _check(
     check_training(setup)
     report = f"{describe()}\n{cost_report(setup)}\n{choices(setup)}"
     check_loggers(config.logging)
+    check_origin(config)
     data = open_run_data(setup) if config.eval.every else open_train_data(setup)
     check_same(config, {**started_with, **data.identity})
     return setup, data, report
@@ -214,6 +216,7 @@ def _describe_run(workdir: Path, config: Config):
     give_run_id(workdir, workdir / CHECKPOINTS / str(steps[-1]) if steps else None)
     write_config(workdir, config)
     save_tokenizer(config.data.paths, workdir)
+    keep_origin(config, workdir)
 
 
 def _check_steps(config: Config, saved: int, profile_steps: int):

@@ -10,7 +10,7 @@ from jaxllm.step.compiled import (
     gradients,
     in_zigzag,
 )
-from jaxllm.step.setup import Setup, TrainState, init_state, prepare
+from jaxllm.step.setup import Setup, TrainState, init_state, prepare, state_of
 
 __all__ = [
     "Batch",
@@ -24,4 +24,5 @@ __all__ = [
     "in_zigzag",
     "init_state",
     "prepare",
+    "state_of",
 ]

@@ -117,6 +117,17 @@ def init_state(setup: Setup) -> TrainState:
         return jax.jit(placed)(jax.random.key(setup.config.seed))
 
 
+def state_of(setup: Setup, params: Any) -> TrainState:
+    """Returns the state of step 0 with these parameters, placed as the setup says."""
+
+    def make(params):
+        return _new_state(params, setup.optimizer)
+
+    placed = jax.sharding.auto_axes(make, out_sharding=specs_of(setup.abstract_state))
+    with jax.set_mesh(setup.mesh):
+        return jax.jit(placed, donate_argnums=0)(params)
+
+
 def _new_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 

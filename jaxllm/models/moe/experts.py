@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import sharding
+from jaxllm.models.mlp import ACTIVATIONS
 from jaxllm.models.moe.dispatch import sort_rows
 from pallas_kernels.grouped_matmul import grouped_matmul
 
@@ -133,12 +134,11 @@ def _mlp(experts, rows, share, sizes, weights):
     )
     wide = np.promote_types(rows.dtype, np.float32)
     hidden = product(rows, weights["up"]).astype(wide)
-    if experts.activation == "gelu":
-        hidden = jax.nn.gelu(hidden)
+    activation = ACTIVATIONS[experts.activation]
+    if "gate" in weights:
+        hidden = hidden * activation(product(rows, weights["gate"]).astype(wide))
     else:
-        gate = product(rows, weights["gate"]).astype(wide)
-        swiglu = experts.activation == "swiglu"
-        hidden = hidden * (jax.nn.silu if swiglu else jax.nn.gelu)(gate)
+        hidden = activation(hidden)
     # Here and not on the output: its gradient then recomputes no output.
     hidden = hidden * share[:, None].astype(wide)
     return product(hidden.astype(rows.dtype), weights["down"])[:num_rows]

@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 import sharding
 from jaxllm.config import KernelsConfig, ModelConfig, MoEConfig
+from jaxllm.config.model import PLAIN_MLPS
 from jaxllm.models.mlp import MLP
 from jaxllm.models.moe.experts import Experts, run_experts
 from jaxllm.models.moe.routing import Stats, route
@@ -33,7 +34,7 @@ class MoE(nnx.Module):
         if moe.balance == "bias":
             self.router_bias = vector(0.0, (e,), "R")
         self.up = matrix(keys[1], (e, d, f), "EDF", d**-0.5)
-        if config.mlp != "gelu":
+        if config.mlp not in PLAIN_MLPS:
             self.gate = matrix(keys[2], (e, d, f), "EDF", d**-0.5)
         std = f**-0.5 * (2 * config.num_layers) ** -0.5
         self.down = matrix(keys[3], (e, f, d), "EFD", std)
@@ -66,7 +67,7 @@ class MoE(nnx.Module):
             implementation=self.kernels.grouped_matmul,
         )
         weights = {"up": self.up[...], "down": self.down[...]}
-        if self.config.mlp != "gelu":
+        if self.config.mlp not in PLAIN_MLPS:
             weights["gate"] = self.gate[...]
         with jax.named_scope("experts"):
             out_BTD = run_experts(

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A folder with a model of transformers: its settings and its files, checked."""
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import safetensors
+
+from jaxllm.config import ModelConfig
+from jaxllm.errors import InputError
+from jaxllm.hf.families import FAMILIES
+from jaxllm.hf.settings import load_json, read_model
+from jaxllm.hf.table import Family
+from jaxllm.hf.tensors import pieces
+from jaxllm.models import Model
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+
+
+type Rename = Callable[[str], str]  # a name of the family's table to that in the files
+
+
+class Folder:
+    """The settings and the open files of a model.
+
+    Attributes:
+      path: of the folder.
+      model_type: its family.
+      content: of config.json.
+      config: its settings.
+      names: of all tensors, with the file that each is in.
+    """
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise InputError(f"{path} is not a folder with a model.")
+        self.content = content = load_json(self.path / CONFIG)
+        if method := content.get("quantization_config"):
+            raise InputError(
+                f"{self.path / CONFIG}: quantization_config={method} cannot be read; "
+                "give the folder of the model that was quantized."
+            )
+        self.model_type, self.config = read_model(content, str(self.path / CONFIG))
+        self.names = _find_files(self.path)
+        self._opened = contextlib.ExitStack()
+        self._files: dict[str, Any] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._files.clear()
+        self._opened.close()
+
+    @property
+    def family(self) -> Family:
+        """The table of its family."""
+        return FAMILIES[self.model_type]
+
+    def entry(self, name: str) -> Any:
+        """Returns a tensor whose slices are read from the file when they are taken."""
+        file = self.names[name]
+        if file not in self._files:
+            self._files[file] = self._opened.enter_context(_open(self.path / file))
+        return self._files[file].get_slice(name)
+
+
+def model_config(folder: str | Path, **changes: Any) -> ModelConfig:
+    """Returns the settings of a model in a folder, for a config file of a run.
+
+    Args:
+      folder: of transformers; its weights are not read.
+      changes: settings to change, such as remat="full".
+
+    Raises:
+      InputError: its config.json has what cannot be honoured.
+    """
+    path = Path(folder) / CONFIG
+    return dataclasses.replace(read_model(load_json(path), str(path))[1], **changes)
+
+
+def check(folder: Folder) -> tuple[Model, Rename]:
+    """Returns the model, and what gives the name of a tensor in the files.
+
+    Raises:
+      InputError: tensors are missing, surplus, or of another shape or dtype.
+    """
+    config, family = folder.config, folder.family
+    rename = _prefix_rule(folder)
+    config = _with_ties(folder, config, rename)
+    model = Model(config)
+    wanted: dict[str, tuple[int, ...]] = {}
+    for path in model.letters:
+        wanted |= {p.name: p.shape for p in pieces(model, family, path)}
+    problems = []
+    for name, shape in wanted.items():
+        if rename(name) not in folder.names:
+            problems.append(f"{rename(name)} is missing")
+            continue
+        entry = folder.entry(rename(name))
+        if tuple(entry.get_shape()) != shape:
+            problems.append(
+                f"{rename(name)} has the shape {entry.get_shape()}, where the settings "
+                f"ask for {list(shape)}"
+            )
+        elif entry.get_dtype() not in DTYPES:
+            problems.append(f"{rename(name)} is {entry.get_dtype()}")
+    known = {rename(name) for name in wanted}
+    if config.tie_embeddings:
+        known.add(rename(family.tensors["output"].name))
+    for name in folder.names.keys() - known:
+        if not any(re.fullmatch(pattern, name) for pattern in family.skipped):
+            problems.append(f"{name} is not a parameter of this model")
+    if problems:
+        shown = "\n  ".join(sorted(problems)[:8] + ["..."] * (len(problems) > 8))
+        raise InputError(
+            f"{folder.path} does not have the tensors of its config.json, in "
+            f"{len(problems)} cases:\n  {shown}"
+        )
+    return model, rename
+
+
+def _with_ties(folder: Folder, config: ModelConfig, rename) -> ModelConfig:
+    """Returns the settings with ties as the files have them.
+
+    Raises:
+      InputError: tied settings, and two tensors that differ.
+    """
+    names = [rename(folder.family.tensors[n].name) for n in ("output", "embedding")]
+    if not config.tie_embeddings or any(name not in folder.names for name in names):
+        return config
+    output, embedding = (folder.entry(name)[:] for name in names)
+    if not np.array_equal(output, embedding):
+        raise InputError(
+            f"{folder.path}: tie_word_embeddings=true, but {names[0]} is not "
+            f"{names[1]}; set it to false to have both."
+        )
+    return config
+
+
+def _prefix_rule(folder: Folder) -> Rename:
+    """Returns how names of the table are written: a base model lacks the first word."""
+    embedding = folder.family.tensors["embedding"].name
+    prefix = embedding.partition(".")[0] + "."
+    bare = embedding.removeprefix(prefix)
+    if bare in folder.names and embedding not in folder.names:
+        return lambda name: name.removeprefix(prefix)
+    return lambda name: name
+
+
+def _find_files(path: Path) -> dict[str, str]:
+    """Returns the file of each tensor."""
+    index = path / INDEX
+    if not index.exists():
+        if not (path / WEIGHTS).exists():
+            pickles = sorted(path.glob("*.bin")) + sorted(path.glob("*.pt*"))
+            hint = (
+                f" {pickles[0].name} is a pickle, which runs code." if pickles else ""
+            )
+            raise InputError(f"{path} has no {WEIGHTS} and no {INDEX}.{hint}")
+        return {name: WEIGHTS for name in _names_in(path / WEIGHTS)}
+    names = load_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise InputError(f"{index} has no weight_map.")
+    files = sorted(set(map(str, names.values())))
+    for file in files:
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise InputError(f"{index}: {file!r} is not a file of this folder.")
+    found: dict[str, str] = {}
+    for file in files:
+        for name in _names_in(path / file):
+            if name in found:
+                raise InputError(f"{path}: {found[name]} and {file} both have {name}.")
+            found[name] = file
+    if wrong := [name for name, file in names.items() if found.get(name) != file]:
+        raise InputError(
+            f"{index} says that {wrong[0]} is in {names[wrong[0]]}, and it is not."
+        )
+    return found
+
+
+def _names_in(path: Path) -> list[str]:
+    with _open(path) as file:
+        return list(file.keys())
+
+
+@contextlib.contextmanager
+def _open(path: Path):
+    try:
+        file = safetensors.safe_open(str(path), framework="numpy")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error}.") from error
+    except safetensors.SafetensorError as error:
+        raise InputError(f"{path} is not a safetensors file: {error}.") from error
+    with file as opened:
+        yield opened

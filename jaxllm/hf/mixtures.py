@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Families of mixtures of experts."""
+
+from collections.abc import Mapping
+
+from jaxllm.hf.table import (
+    BASE,
+    EXPERTS,
+    FLAT_NORMS,
+    GRANITE_KEYS,
+    KEYS,
+    LAYER,
+    LLAMA,
+    SILU,
+    Family,
+    Tensor,
+    experts,
+)
+
+MIXTURES: Mapping[str, Family] = {
+    "mixtral": Family(
+        architecture="MixtralForCausalLM",
+        fixed={"moe.router": "softmax", "moe.renormalize": True},
+        keys=KEYS
+        | {
+            "moe.num_experts": "num_local_experts",
+            "moe.experts_per_token": "num_experts_per_tok",
+        },
+        defaults=BASE
+        | dict(
+            rms_norm_eps=1e-5,
+            rope_theta=1_000_000.0,
+            sliding_window=None,
+            num_local_experts=8,
+            num_experts_per_tok=2,
+        ),
+        windows="always",
+        activations=SILU,
+        tensors=LLAMA
+        | experts(
+            "block_sparse_moe.gate.weight",
+            "block_sparse_moe.experts.{e}.",
+            *("w1", "w3", "w2"),
+        ),
+    ),
+    "qwen3_moe": Family(
+        architecture="Qwen3MoeForCausalLM",
+        fixed={"qk_norm": True},
+        keys=KEYS
+        | {
+            "moe.num_experts": "num_experts",
+            "moe.experts_per_token": "num_experts_per_tok",
+            "moe.d_ff_expert": "moe_intermediate_size",
+            "moe.renormalize": "norm_topk_prob",
+        },
+        aliases={"num_experts": "num_local_experts"},
+        defaults=BASE
+        | dict(
+            sliding_window=None,
+            num_experts=128,
+            num_experts_per_tok=8,
+            moe_intermediate_size=768,
+            norm_topk_prob=False,
+        ),
+        windows="always",
+        activations=SILU,
+        requires={
+            "attention_bias": (False,),
+            "mlp_only_layers": ([], None),
+            "decoder_sparse_step": (1,),
+        },
+        ignored=("max_window_layers",),
+        tensors=LLAMA | EXPERTS,
+    ),
+    "olmoe": Family(
+        architecture="OlmoeForCausalLM",
+        fixed={"variant.qk_norm": "flat", "qk_norm": True},
+        keys=KEYS
+        | {
+            "moe.num_experts": "num_experts",
+            "moe.experts_per_token": "num_experts_per_tok",
+            "moe.renormalize": "norm_topk_prob",
+        },
+        defaults=BASE
+        | dict(
+            rms_norm_eps=1e-5,
+            num_experts=64,
+            num_experts_per_tok=8,
+            norm_topk_prob=False,
+        ),
+        activations=SILU,
+        requires={"attention_bias": (False,), "clip_qkv": (None,)},
+        tensors=LLAMA | FLAT_NORMS | EXPERTS,
+    ),
+    "granitemoe": Family(
+        architecture="GraniteMoeForCausalLM",
+        # Top-k of the logits, then a softmax of those: a softmax renormalised.
+        fixed={"moe.router": "softmax", "moe.renormalize": True},
+        keys=KEYS
+        | GRANITE_KEYS
+        | {
+            "variant.logit_scale": "1/logits_scaling",
+            "moe.num_experts": "num_local_experts",
+            "moe.experts_per_token": "num_experts_per_tok",
+        },
+        defaults=BASE
+        | dict(
+            embedding_multiplier=1.0,
+            attention_multiplier=1.0,
+            residual_multiplier=1.0,
+            logits_scaling=1.0,
+            num_local_experts=8,
+            num_experts_per_tok=2,
+        ),
+        activations=SILU,
+        biases={"attention_bias=False": "none", "attention_bias=True": "attention"},
+        tensors=LLAMA
+        | {
+            "mlp/router": Tensor(LAYER + "block_sparse_moe.router.layer.weight", "R D"),
+            "mlp/gate": Tensor(
+                LAYER + "block_sparse_moe.input_linear.weight", "E +F D"
+            ),
+            "mlp/up": Tensor(
+                LAYER + "block_sparse_moe.input_linear.weight", "E +F D", after="F"
+            ),
+            "mlp/down": Tensor(
+                LAYER + "block_sparse_moe.output_linear.weight", "E D F"
+            ),
+        },
+    ),
+}

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which part of which tensor of a file is which part of a parameter."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxllm.config import ModelConfig
+from jaxllm.hf.table import Family, Tensor
+from jaxllm.models import Model
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """One layer, or one expert of one layer, of a parameter.
+
+    Attributes:
+      tensor: of the family's table.
+      name: of the tensor in the files.
+      place: where the piece is along the parameter's leading L and E: () for a whole.
+      letters: of the piece.
+      sizes: of each letter.
+      starts: where it begins along each dimension of the file's tensor, in elements.
+      shape: of the file's tensor.
+    """
+
+    tensor: Tensor
+    name: str
+    place: tuple[int, ...]
+    letters: str
+    sizes: Mapping[str, int]
+    starts: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def dims(self) -> list[str]:
+        """The letters, and at most a digit, of each dimension in the file."""
+        return self.tensor.dims.replace("+", "").split()
+
+    def slices(self) -> tuple[slice, ...]:
+        """Returns where the piece is in the file's tensor."""
+        return tuple(
+            slice(start, start + math.prod(self._sizes(dims)))
+            for start, dims in zip(self.starts, self.dims, strict=True)
+        )
+
+    def from_file(self, found: np.ndarray) -> np.ndarray:
+        """Returns the piece, of what `slices` gave."""
+        spread = found.reshape([n for dims in self.dims for n in self._sizes(dims)])
+        order = "".join(self.dims)
+        if digit := next((x for x in order if x.isdigit()), None):
+            spread = np.take(spread, self.tensor.index, axis=order.index(digit))
+            order = order.replace(digit, "")
+        return spread.transpose([order.index(letter) for letter in self.letters])
+
+    def into_file(self, piece: np.ndarray, out: np.ndarray) -> None:
+        """Writes the piece into its place in the file's tensor."""
+        order = "".join(self.dims)
+        digit = next((x for x in order if x.isdigit()), "")
+        plain = order.replace(digit, "") if digit else order
+        spread = piece.transpose([self.letters.index(letter) for letter in plain])
+        part = out[self.slices()]
+        if not digit:
+            part[...] = spread.reshape(part.shape)
+            return
+        view = part.reshape([n for dims in self.dims for n in self._sizes(dims)])
+        assert np.shares_memory(view, out), "a fused tensor is whole"
+        index: list = [slice(None)] * view.ndim
+        index[order.index(digit)] = self.tensor.index
+        view[tuple(index)] = spread
+
+    def _sizes(self, dims: str) -> list[int]:
+        return [int(x) if x.isdigit() else self.sizes[x] for x in dims]
+
+
+def pieces(model: Model, family: Family, path: str) -> Iterator[Piece]:
+    """Yields the pieces of a parameter, in the order of its leading dimensions."""
+    letters, shape = model.letters[path], _shape_of(model, path)
+    sizes = _all_sizes(model.config) | dict(zip(letters, shape, strict=True))
+    name, layers = _layers(model.config, path)
+    tensor = family.tensors[name]
+    inner = (
+        letters.removeprefix("L") if len(layers) > 1 or letters[0] == "L" else letters
+    )
+    by_expert = "{e}" in tensor.name
+    inner = inner.removeprefix("E") if by_expert else inner
+    for place, layer in enumerate(layers):
+        for expert in range(sizes["E"] if by_expert else 1):
+            yield Piece(
+                tensor=tensor,
+                name=tensor.name.format(n=layer, e=expert),
+                place=(
+                    *((place,) if letters[0] == "L" else ()),
+                    *((expert,) if by_expert else ()),
+                ),
+                letters=inner,
+                sizes=sizes,
+                starts=_starts(tensor, sizes),
+                shape=_file_shape(tensor, family, sizes),
+            )
+
+
+def _layers(config: ModelConfig, path: str) -> tuple[str, range]:
+    """Returns a path without its block, and the numbers of the layers that it is of."""
+    if not path.startswith("blocks/"):
+        return path, range(1)
+    _, block, name = path.split("/", 2)
+    if config.scan_layers:
+        return name, range(int(block), config.num_layers, len(config.period))
+    return name, range(int(block), int(block) + 1)
+
+
+def _starts(tensor: Tensor, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    before = sum(_product(letters, sizes) for letters in tensor.after.split())
+    return tuple(before if "+" in dims else 0 for dims in tensor.dims.split())
+
+
+def _file_shape(
+    tensor: Tensor, family: Family, sizes: Mapping[str, int]
+) -> tuple[int, ...]:
+    """Returns the shape of a tensor with all the parameters that it has."""
+    shared = [other for other in family.tensors.values() if other.name == tensor.name]
+    return tuple(
+        sum(
+            _product(other.dims.split()[place].replace("+", ""), sizes)
+            for other in shared
+        )
+        if "+" in dims
+        else _product(dims, sizes)
+        for place, dims in enumerate(tensor.dims.split())
+    )
+
+
+def _product(letters: str, sizes: Mapping[str, int]) -> int:
+    return math.prod(int(x) if x.isdigit() else sizes[x] for x in letters)
+
+
+def _all_sizes(config: ModelConfig) -> dict[str, int]:
+    return {
+        "D": config.d_model,
+        "N": config.num_heads,
+        "K": config.num_kv_heads,
+        "H": config.head_dim,
+        "F": config.d_ff_expert,
+        "V": config.vocab_size,
+        "E": config.moe.num_experts,
+    }
+
+
+def _shape_of(model: Model, path: str) -> tuple[int, ...]:
+    node: Any = model.abstract
+    for key in path.split("/"):
+        node = node[key]
+    return node.shape

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ModelConfig to config.json, by the table of a family."""
+
+import dataclasses
+import math
+from typing import Any
+
+from jaxllm.config import ModelConfig
+from jaxllm.errors import InputError
+from jaxllm.hf.families import FAMILIES
+from jaxllm.hf.rope import Settings, write_scaling
+from jaxllm.hf.settings import FULL, PART, SLIDING, read_model
+from jaxllm.hf.table import Family
+
+# Not part of a model but of how it is run.
+RUNNING = ("dtype", "remat", "scan_layers")
+
+
+def write_model(model_type: str, model: ModelConfig) -> dict[str, Any]:
+    """Returns the config.json of a model, for transformers 4 and 5.
+
+    Raises:
+      InputError: the family cannot say a setting of the model.
+    """
+    config = _write(FAMILIES[model_type], model_type, model)
+    _, again = read_model(config, "config.json")
+    if different := differences(model, again):
+        raise InputError(
+            f"model_type={model_type} cannot say {'; '.join(different)}; choose "
+            "another, or change the model."
+        )
+    return config
+
+
+def family_of(model: ModelConfig) -> str:
+    """Returns the first model_type that can say all settings of a model.
+
+    Raises:
+      InputError: none can; names what the nearest one cannot say.
+    """
+    nearest: list[str] | None = None
+    for model_type, family in FAMILIES.items():
+        try:
+            config = _write(family, model_type, model)
+            different = differences(model, read_model(config, "config.json")[1])
+        except InputError:
+            continue
+        if not different:
+            return model_type
+        if nearest is None or len(different) < len(nearest):
+            nearest = different
+    raise InputError(
+        "no family of transformers has all settings of this model; the nearest one "
+        f"lacks {'; '.join(nearest or ['all'])}."
+    )
+
+
+def differences(one: ModelConfig, other: ModelConfig) -> list[str]:
+    """Returns the settings in which two models differ, as text."""
+    flat, again = _flatten(one), _flatten(other)
+    return [
+        f"config.model.{name}={flat[name]!r} (but {again[name]!r})"
+        for name in flat
+        if flat[name] != again[name] and name not in RUNNING
+    ]
+
+
+def _write(family: Family, model_type: str, model: ModelConfig) -> dict[str, Any]:
+    """Returns the config.json that a family's table makes of a model."""
+    flat = _flatten(model)
+    config: dict[str, Any] = {
+        "architectures": [family.architecture],
+        "model_type": model_type,
+    }
+    for name, key in family.keys.items():
+        value = flat[name]
+        if name == "moe.d_ff_expert":
+            value = model.d_ff_expert
+        if name == "variant.attention_scale":
+            value = model.head_dim**-0.5 if value is None else value
+            if key == "query_pre_attn_scalar":
+                value = value**-2
+                value = round(value) if math.isclose(value, round(value)) else value
+        config[key.removeprefix("1/")] = 1 / value if key.startswith("1/") else value
+        if key in family.aliases:
+            config[family.aliases[key]] = value
+    names = {
+        ours: theirs for theirs, ours in reversed(list(family.activations.items()))
+    }
+    config[family.activation_key] = names.get(model.mlp, model.mlp)
+    for said, bias in family.biases.items():
+        if bias == model.bias:
+            for pair in said.split():
+                key, _, text = pair.partition("=")
+                config[key] = text == "True"
+            break
+    if model_type == "gpt_neox":
+        config["use_parallel_residual"] = model.variant.parallel == "two_norms"
+    config |= _write_windows(family, model) | _write_rope(family, model)
+    return config
+
+
+def _write_windows(family: Family, model: ModelConfig) -> dict[str, Any]:
+    if family.windows == "never":
+        return {}
+    repeats = model.num_layers // len(model.windows)
+    windows = model.windows * repeats
+    sizes = sorted({window for window in windows if window})
+    config: dict[str, Any] = {"sliding_window": sizes[0] if sizes else None}
+    if family.windows == "always":
+        return config
+    config["layer_types"] = [SLIDING if window else FULL for window in windows]
+    if family.windows == "upper_layers":
+        full = windows.count(0)
+        config |= {"use_sliding_window": bool(sizes), "max_window_layers": full}
+    if family.full_every:
+        found = (i for i, window in enumerate(windows) if not window)
+        config["sliding_window_pattern"] = next(found, family.full_every - 1) + 1
+    return config
+
+
+def _write_rope(family: Family, model: ModelConfig) -> dict[str, Any]:
+    """Returns RoPE under the keys of transformers 5 and, beside them, of 4."""
+    if family.rotated == "none":
+        return {}
+    rope, kind = model.rope, model.rope.scaling
+    top: dict[str, Any] = {"rope_theta": model.rope_theta}
+    scaling = write_scaling(rope)
+    if growth := model.variant.query_growth:
+        scaling["llama_4_scaling_beta"] = growth
+    full = {"rope_theta": model.rope_theta, **scaling}
+    full["rope_type"] = "default" if kind == "none" else kind
+    full |= _write_part(family, model)
+    top |= _write_part(family, model) | _write_listed(family, model)
+    top["rope_parameters"] = full
+    if rope.window_theta is not None:
+        sliding = {"rope_theta": rope.window_theta, "rope_type": "default"}
+        top["rope_parameters"] = {FULL: full, SLIDING: sliding}
+        top[family.window_theta or "rope_theta"] = rope.window_theta
+    if "rotary_pct" in family.defaults:
+        top["rotary_emb_base"] = model.rope_theta
+    if kind != "none":
+        # Where the old key is there, both versions take theta from beside it, or in it.
+        top["rope_scaling"] = {"rope_type": kind, **scaling}
+        if rope.window_theta is None:
+            top["rope_scaling"]["rope_theta"] = model.rope_theta
+    return top
+
+
+def _write_part(family: Family, model: ModelConfig) -> dict[str, float]:
+    """Returns the share of a head that is rotated, where a family has one."""
+    part = (model.rope.dims or model.head_dim) / model.head_dim
+    if "rotary_pct" in family.defaults:
+        return {PART: part, "rotary_pct": part}
+    return {PART: part} if PART in family.defaults else {}
+
+
+def _write_listed(family: Family, model: ModelConfig) -> dict[str, list[int]]:
+    """Returns which layers have RoPE, where a family lists them."""
+    if family.rotated != "listed":
+        return {}
+    layers = model.rope.layers * (model.num_layers // len(model.rope.layers))
+    return {"no_rope_layers": [int(each) for each in layers]}
+
+
+def _flatten(model: ModelConfig) -> Settings:
+    return {
+        f"{name}.{inner}" if isinstance(value, dict) else name: (
+            value[inner] if isinstance(value, dict) else value
+        )
+        for name, value in dataclasses.asdict(model).items()
+        for inner in (value if isinstance(value, dict) else (name,))
+    }
