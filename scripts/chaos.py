@@ -2,27 +2,31 @@
 """Disturbs a run of several processes again and again, and compares it with a calm one.
 
 python scripts/chaos.py --config configs/quickstart.py [--config.steps=400]
-    [--processes 2] [--events 12] [--seed 0] [--workdir runs/chaos]
+    [--processes 3] [--events 12] [--seed 0] [--workdir runs/chaos]
 
-An event kills (-9), stops (SIGSTOP) or asks to stop (SIGTERM) a random process at a
-random moment: while it starts, compiles, steps, saves, evaluates. Whatever is left must
-end by itself with 75, within --limit_s; then the same command goes on, as a launcher
-would have it. No life may begin before the newest whole save. At the end parameters,
-optimizer state and losses must be bitwise those of the calm run. One process alone is
-not stopped, for nobody would notice, but gets Ctrl-C (SIGINT).
+An event kills (-9), stops (SIGSTOP) or asks to stop (SIGTERM, SIGHUP) a random process
+at a random moment: while it starts, compiles, steps, saves, evaluates. Whatever is left
+must end by itself with 75, within --limit_s; then the same command goes on, as a
+launcher would have it. No life may begin before the newest whole save. All the time
+strangers knock at the port where the processes meet. At the end parameters, optimizer
+state and losses must be bitwise those of the calm run. One process alone is not
+stopped, for nobody would notice, but gets Ctrl-C (SIGINT).
 """
 
+import collections
 import contextlib
 import dataclasses
 import json
 import os
 import random
 import re
+import secrets
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,17 +40,67 @@ import sharding
 from jaxllm import flags
 from jaxllm.checkpoint import Checkpoints, find_steps
 from jaxllm.checkpoint.steps import CHECKPOINTS
-from jaxllm.cluster.launch import COORDINATOR, NUM_PROCESSES, PROCESS_ID
+from jaxllm.cluster.knock import knock
+from jaxllm.cluster.launch import COORDINATOR, JOB, NUM_PROCESSES, PROCESS_ID, Launch
 from jaxllm.config import Config, MeshConfig
 from jaxllm.errors import InputError
 from jaxllm.records.metrics import FILE, OF_THE_CLOCK
 from jaxllm.step import prepare
 
-KINDS = (signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP)
-KINDS_ALONE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+ASKING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+KINDS = (signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP, signal.SIGHUP)
+KINDS_ALONE = (signal.SIGKILL, *ASKING)
 MOMENTS = ("start", "compile", "step", "save", "eval")
 ROW = "{:>5}  {:<8} {:>7} {:<8} {:>7} {:>7}  {:<12} {:>7}".format
 POLL_S = 0.005
+STRANGERS = (  # and noise, and a process of another run
+    *(b"", b"GET / HTTP/1.1\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"{}\n"),
+    b"[" * 4000 + b"\n",
+)
+STRANGERS_HELD = 100  # connections that they keep open
+
+
+class Strangers(threading.Thread):
+    """Those who knock at the port of a run and do not belong to it.
+
+    Attributes:
+      port: where they knock.
+      num_came: how many have been there.
+      num_let_in: how many of them were taken for a process of the run.
+    """
+
+    def __init__(self, seed: int):
+        super().__init__(daemon=True)
+        self.port, self.num_came, self.num_let_in = 0, 0, 0
+        self._rng = random.Random(seed)
+        self._held: collections.deque[socket.socket] = collections.deque()
+
+    def run(self) -> None:
+        while True:
+            time.sleep(self._rng.uniform(0, 0.05))
+            with contextlib.suppress(OSError):
+                self._come()
+
+    def _come(self) -> None:
+        port = self.port
+        stranger = socket.create_connection(("127.0.0.1", port), timeout=1)
+        self._held.append(stranger)
+        if len(self._held) > STRANGERS_HELD:
+            self._held.popleft().close()
+        self.num_came += 1
+        kind = self._rng.randrange(len(STRANGERS) + 2)
+        if kind < len(STRANGERS):
+            stranger.sendall(STRANGERS[kind])
+        elif kind == len(STRANGERS):
+            stranger.sendall(self._rng.randbytes(self._rng.randrange(10_000)))
+        else:
+            self._knock(port)
+
+    def _knock(self, port: int) -> None:
+        other = Launch("127.0.0.1", (port,), 3, 1, "another run", is_by_hand=False)
+        with contextlib.suppress(TimeoutError):
+            knock(other, 0.5)[0].close()
+            self.num_let_in += 1
 
 
 @dataclasses.dataclass
@@ -56,6 +110,7 @@ class Run:
     command: list[str]
     workdir: Path
     number: int
+    strangers: Strangers
 
     @property
     def log(self) -> Path:
@@ -67,12 +122,14 @@ class Run:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
+        self.strangers.port, job = port, secrets.token_hex(8)
         started = []
         for index in range(self.number):
             environment = os.environ | {
                 COORDINATOR: f"127.0.0.1:{port}",
                 NUM_PROCESSES: str(self.number),
                 PROCESS_ID: str(index),
+                JOB: job,
             }
             with self.workdir.with_suffix(f".{index}.log").open("wb") as log:
                 started.append(
@@ -177,7 +234,7 @@ class Chaos:
         began_at_s = time.monotonic()
         processes[victim].send_signal(kind)
         others = [p for i, p in enumerate(processes) if i != victim]
-        is_asked = kind in (signal.SIGTERM, signal.SIGINT)
+        is_asked = kind in ASKING
         waited = processes if is_asked else others
         statuses = end(waited, self.limit_s)
         took_s = time.monotonic() - began_at_s
@@ -238,6 +295,10 @@ def compare(calm: Run, chaos: Chaos) -> int:
     for number in range(1, chaos.events + 1):
         found += chaos.disturb(number)
     found += chaos.finish()
+    strangers = chaos.run.strangers
+    if strangers.num_let_in:
+        found.append(f"{strangers.num_let_in} strangers were let in")
+    print(f"{strangers.num_came} strangers came.")
     different, what = differences(chaos.config, (calm, chaos.run))
     found += different
     print(f"compared {what}: {'; '.join(found) or 'bitwise equal'}.")
@@ -249,6 +310,7 @@ def main(argv: list[str]) -> int:
     del argv
     # A shell starts background jobs with SIGINT ignored, and children inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as `nohup` does with this one
     values = absl_flags.FLAGS
     config = flags.config_from_flags()
     given = [name for name in values if name.split(".")[0] == "config"]
@@ -259,11 +321,13 @@ def main(argv: list[str]) -> int:
         if folder.exists() and any(folder.iterdir()):
             raise InputError(f"--workdir={folder} is not empty; give a new directory.")
         folder.mkdir(parents=True, exist_ok=True)
+        strangers, number = Strangers(values.seed), values.processes
         calm, disturbed = (
-            Run([*command, f"--workdir={folder / name}"], folder / name, number)
-            for name in ("calm", "disturbed")
-            for number in (values.processes,)
+            Run([*command, f"--workdir={folder / n}"], folder / n, number, strangers)
+            for n in ("calm", "disturbed")
         )
+        if number > 1:
+            strangers.start()
         rng = random.Random(values.seed)
         chaos = Chaos(disturbed, config, values.events, values.limit_s, rng)
         return compare(calm, chaos)
@@ -272,7 +336,7 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     flags.define_config_flags()
     absl_flags.DEFINE_integer("events", 12, "times to disturb the run", lower_bound=1)
-    absl_flags.DEFINE_integer("processes", 2, "of the run", lower_bound=1)
+    absl_flags.DEFINE_integer("processes", 3, "of the run", lower_bound=1)
     absl_flags.DEFINE_float("limit_s", 60.0, "until all processes must have ended")
     absl_flags.DEFINE_integer("seed", 0, "of the events")
     flags.run(main)
