@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm.checkpoint.faults import reading
-from jaxllm.errors import DamagedError
+from jaxllm.errors import CheckpointError, DamagedError, describe_os_error
 from jaxllm.files import parse_json, write_whole
 
 RUN_ID = "run_id.txt"  # in a run's directory: which checkpoints are of this run
@@ -95,9 +95,13 @@ def json_checksum(value: Any) -> str:
 def read_run_id(workdir: Path) -> str | None:
     """Returns the id of the run in a directory, or None: it has none yet."""
     path = workdir / RUN_ID
-    if not path.is_file():  # a pipe would be waited for
-        return None
-    text = path.read_bytes().decode("ascii", "replace").strip()
+    try:
+        if not path.is_file():  # a pipe would be waited for
+            return None
+        text = path.read_bytes().decode("ascii", "replace").strip()
+    except OSError as error:
+        why = describe_os_error(error.errno, error.strerror)
+        raise CheckpointError(f"{path} cannot be read: {why}.") from error
     return text if re.fullmatch("[0-9a-f]{16}", text) else None
 
 
