@@ -44,7 +44,7 @@ from jaxllm.config import (
 )
 from jaxllm.config.saved import FILE as CONFIG
 from jaxllm.config.saved import read_config
-from jaxllm.data.splits import open_splits
+from jaxllm.data.splits import open_held_out, open_train
 from jaxllm.errors import CheckpointError, InputError
 from jaxllm.records.ledger import read_ledger
 from jaxllm.records.metrics import FILE as METRICS
@@ -371,7 +371,8 @@ def _is_of_manifest(damage: Damage) -> bool:
 
 
 def _read_tokens(config: Config) -> list[int]:
-    splits = [*open_splits(config.data, "train"), *open_splits(config.data, "eval")]
+    train = open_train(config.data)
+    splits = [*train, *open_held_out(config.data, train)]
     return np.concatenate([s.slice(0, s.num_tokens) for s in splits]).tolist()
 
 

@@ -59,7 +59,7 @@ def _read_parameter(
 ) -> jax.Array:
     """Reads one parameter, piece by piece into the memory of each device."""
     shape, place = target.shape, target.sharding
-    devices_by_bounds: dict[Bounds, list[jax.Device]] = {}
+    devices_by_bounds: dict[Bounds, list[Any]] = {}
     for device, index in place.addressable_devices_indices_map(shape).items():
         pairs = zip(index, shape, strict=True)
         bounds = tuple(part.indices(size)[:2] for part, size in pairs)

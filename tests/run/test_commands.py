@@ -212,10 +212,16 @@ def test_a_save_remembers_what_made_its_batches_and_its_eval_loss(trained):
     assert data["metrics"] == {"eval_loss": last["eval_loss"]}
 
 
+def batch_of(run, step):
+    batch = run.next_batch(step, lambda: False)
+    assert batch is not None
+    return batch
+
+
 def test_nothing_moves_to_the_devices_unasked_during_a_step(tiny, tmp_path):
     with open_run(tiny(), tmp_path, Phases(), overwrite=False) as run:
         assert run is not None
-        batch = {name: np.asarray(rows) for name, rows in run.next_batch(0).items()}
+        batch = {name: np.asarray(rows) for name, rows in batch_of(run, 0).items()}
         with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
             run.step(run.state, batch)
 
@@ -224,7 +230,7 @@ def test_the_old_state_is_given_to_the_step(tiny, tmp_path):
     with open_run(tiny(), tmp_path, Phases(), overwrite=False) as run:
         assert run is not None
         old = run.state
-        state, _ = run.step(old, run.next_batch(0))
+        state, _ = run.step(old, batch_of(run, 0))
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old.params))
         assert int(state.step) == 1
 
@@ -233,9 +239,9 @@ def test_a_state_between_two_updates_is_saved_and_a_lost_one_is_not(tiny, tmp_pa
     with pytest.raises(KeyboardInterrupt):
         with open_run(tiny(), tmp_path, Phases(), overwrite=False) as run:
             assert run is not None
-            state, metrics = run.step(run.state, run.next_batch(0))
+            state, metrics = run.step(run.state, batch_of(run, 0))
             list(run.log(0, state, metrics))
-            run.step(state, run.next_batch(1))  # donates it; interrupted right there
+            run.step(state, batch_of(run, 1))  # donates it; interrupted right there
             raise KeyboardInterrupt
     assert not (tmp_path / "checkpoints").exists() or saved(tmp_path) == []
 
