@@ -75,7 +75,6 @@ def attention(
         softcap=softcap,
         scale=scale,
     )
-    num_keys = k_BSKH.shape[1]
     scale = float(q_BTNH.shape[-1] ** -0.5 if scale is None else scale)
     chosen, _ = choose_attention(
         q_BTNH,
@@ -91,12 +90,11 @@ def attention(
         implementation=implementation,
     )
     if chosen == "cudnn":
+        left = min(window, k_BSKH.shape[1]) - 1
         out_BTNH = jax.nn.dot_product_attention(
-            q_BTNH,
-            k_BSKH,
-            v_BSKH,
+            *(q_BTNH, k_BSKH, v_BSKH),
             is_causal=causal,
-            local_window_size=(min(window, num_keys) - 1, 0) if window else None,
+            local_window_size=(left, 0) if window else None,
             scale=scale,
             implementation="cudnn",
         )
@@ -125,7 +123,7 @@ def attention(
     )
     start_BT, end_BT = key_ranges(
         q_BTNH.shape,
-        num_keys,
+        k_BSKH.shape[1],
         causal=causal,
         segments_BT=segments_BT,
         positions_BT=positions_BT,
