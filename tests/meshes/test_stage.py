@@ -108,7 +108,7 @@ def test_an_evaluation_has_the_loss_of_the_step():
     params = jax.tree.unflatten(tree, course.initial.values())
     evaluate = compile_eval(course.setup)
     batch = packed_batch(course.setup, 0)
-    sums = evaluate(jax.device_put(params, places), batch)
+    sums = jax.device_get(evaluate(jax.device_put(params, places), batch))
     nll, num_targets = sums["nll"], sums["num_targets"]
     assert num_targets == course.metrics["num_targets"][0]
     assert nll / num_targets == pytest.approx(course.metrics["loss"][0], rel=1e-6)
