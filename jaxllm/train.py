@@ -24,7 +24,7 @@ from jaxllm.plan.cost import full_report
 from jaxllm.records.console import Console
 from jaxllm.records.metrics import Record
 from jaxllm.run.anomalies import Rewind
-from jaxllm.run.at_exit import closed_at_exit
+from jaxllm.run.at_exit import missed_at_exit
 from jaxllm.run.compilation_cache import use_compilation_cache
 from jaxllm.run.startup import open_run
 from jaxllm.step import prepare
@@ -32,7 +32,7 @@ from jaxllm.step import prepare
 RESUMES = "the same command resumes from there."
 
 
-@closed_at_exit
+@missed_at_exit
 def train(
     config: Config,
     workdir: str | os.PathLike,
@@ -44,8 +44,9 @@ def train(
 ) -> Generator[Record, None, None]:
     """Trains to `config.steps`, from the newest checkpoint in workdir if there is one.
 
-    A caller that leaves the loop over its records early leaves a checkpoint to resume,
-    at the end of the program if not before.
+    A caller that leaves the loop over its records early leaves a checkpoint to resume.
+    One that gives them a name must close them, as with `contextlib.closing`, before the
+    program ends: then it is too late.
 
     Args:
       config: all settings.

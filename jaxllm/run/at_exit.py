@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Closes what a program leaves open at its end, while threads can still be started.
+"""Warns of what a program leaves open at its end, when it is too late to save it.
 
-`atexit` comes too late: Python has then ended the thread pools that a checkpoint needs.
+Python 3.12 starts no thread once it ends, before any hook that it offers, and a
+checkpoint needs some.
 """
 
-import concurrent.futures.thread  # noqa: F401 (its own end must come after ours)
+import contextlib
 import functools
+import inspect
 import logging
 import threading
 import weakref
@@ -16,10 +18,10 @@ _open: weakref.WeakSet[Generator] = weakref.WeakSet()
 _log = logging.getLogger(__name__)
 
 
-def closed_at_exit[**P, G: Generator[Any, Any, Any]](
+def missed_at_exit[**P, G: Generator[Any, Any, Any]](
     make: Callable[P, G],
 ) -> Callable[P, G]:
-    """Makes a generator function whose generators are closed before Python ends."""
+    """Makes a generator function that warns if a generator is open as Python ends."""
 
     @functools.wraps(make)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> G:
@@ -32,11 +34,15 @@ def closed_at_exit[**P, G: Generator[Any, Any, Any]](
 
 def _close_all() -> None:
     for generator in list(_open):
-        try:
+        if inspect.getgeneratorstate(generator) != inspect.GEN_SUSPENDED:
+            continue
+        _log.warning(
+            "records of a training were left open at the end of the program: steps "
+            "after the newest save are lost. Close them, with contextlib.closing."
+        )
+        with contextlib.suppress(Exception):
             generator.close()
-        except Exception as error:
-            _log.error("at the end of the program: %s", error)
 
 
-# Private, but the only hook at which threads still start; concurrent.futures uses it.
+# Private; `atexit` comes after modules that the closing needs have ended.
 threading._register_atexit(_close_all)  # pyright: ignore[reportAttributeAccessIssue]
