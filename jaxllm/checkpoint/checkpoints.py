@@ -10,7 +10,7 @@ import copy
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -48,7 +48,8 @@ class Checkpoints:
         self._pending: tuple[int, ocp.AsyncResponse[bool]] | None = None
         self._warned: set[Path] = set()
         self._damaged: set[int] = set()  # steps that were read, and not as saved
-        self._losses: dict[int, float | None] = {}  # of evaluations, by saved step
+        # By saved step: the loss of an evaluation, if any, and of which held-out data.
+        self._losses: dict[int, tuple[float | None, str | None]] = {}
         logging.getLogger("absl").addFilter(_is_worth_reading)
 
     def __enter__(self) -> Self:
@@ -80,17 +81,40 @@ class Checkpoints:
         """Returns the newest complete step."""
         return max(self.steps(), default=None)
 
-    def best(self) -> int | None:
-        """Returns the complete step of the lowest finite eval loss, if any has one."""
-        return _best({step: self.eval_loss(step) for step in self.steps()})
+    def best(self, held_out: str | None = None) -> int | None:
+        """Returns the complete step of the lowest finite eval loss, if any has one.
+
+        Args:
+          held_out: fingerprint of the held-out data whose losses count; None is that of
+            the newest step that was evaluated. Losses of other data are not comparable.
+        """
+        return self._best(self.steps(), held_out)
 
     def eval_loss(self, step: int) -> float | None:
         """Returns the loss that was measured of a step, if it was evaluated."""
+        return self._evaluation(step)[0]
+
+    def _evaluation(self, step: int) -> tuple[float | None, str | None]:
         if step not in self._losses:
             folder = self._folder / str(step)
-            metrics = read_label(folder).metrics or _metrics_of_old(folder) or {}
-            self._losses[step] = metrics.get("eval_loss")
+            label = read_label(folder)
+            metrics = label.metrics or _metrics_of_old(folder) or {}
+            self._losses[step] = metrics.get("eval_loss"), label.data.get("eval")
         return self._losses[step]
+
+    def _best(self, steps: Sequence[int], held_out: str | None = None) -> int | None:
+        found = {step: self._evaluation(step) for step in steps}
+        evaluated = {s: loss for s, (loss, _) in found.items() if loss is not None}
+        if not evaluated:
+            return None
+        wanted = held_out or found[max(evaluated)][1]
+        finite = {
+            step: loss
+            for step, loss in evaluated.items()
+            if math.isfinite(loss) and found[step][1] == wanted
+        }
+        # Of equal losses the newest.
+        return min(finite, key=lambda step: (finite[step], -step), default=None)
 
     def named(self, which: int | Literal["latest", "best"]) -> int:
         """Returns the complete step that is meant; InputError if there is none."""
@@ -141,7 +165,7 @@ class Checkpoints:
             checksums=checksums(state),
         )
         items = {"state": state, "data": label.to_json()}
-        self._losses[step] = metrics["eval_loss"] if metrics else None
+        self._losses[step] = (metrics or {}).get("eval_loss"), data.get("eval")
         with self._writing(step, OSError), jax.transfer_guard("allow"):
             if self._writer is None:
                 self._writer = self._open()
@@ -236,7 +260,7 @@ class Checkpoints:
         if config.keep_every:
             kept.append(policies.EveryNSteps(config.keep_every))
         if config.keep_best:
-            kept.append(_KeepBest(self.eval_loss))
+            kept.append(_KeepBest(self._best))
         return ocp.training.Checkpointer(
             str(self._folder),
             context=orbax_context(),
@@ -269,12 +293,12 @@ class Checkpoints:
 class _KeepBest:
     """Retention policy of Orbax: keep what `Checkpoints.best` returns."""
 
-    def __init__(self, eval_loss: Callable[[int], float | None]):
-        self._eval_loss = eval_loss
+    def __init__(self, best: Callable[[Sequence[int]], int | None]):
+        self._best = best
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         del context
-        best = _best({saved.step: self._eval_loss(saved.step) for saved in checkpoints})
+        best = self._best([saved.step for saved in checkpoints])
         return [saved.step == best for saved in checkpoints]
 
 
@@ -285,16 +309,6 @@ def _metrics_of_old(folder: Path) -> dict[str, float] | None:
         return None
     with reading(folder):
         return parse_json(path.read_bytes())
-
-
-def _best(losses: Mapping[int, float | None]) -> int | None:
-    """Returns the step of the lowest finite loss; of equal ones the newest."""
-    finite = {
-        step: loss
-        for step, loss in losses.items()
-        if loss is not None and math.isfinite(loss)
-    }
-    return min(finite, key=lambda step: (finite[step], -step), default=None)
 
 
 def _inode(folder: Path) -> int | None:

@@ -114,7 +114,7 @@ class Saves:
     def is_best(self, metrics: Mapping[str, float]) -> bool:
         """Returns whether an evaluation is better than that of every checkpoint."""
         self.checkpoints.wait()  # the one under way counts
-        best = self.checkpoints.best()
+        best = self.checkpoints.best(self.eval_data)
         known = math.inf if best is None else self.checkpoints.eval_loss(best)
         assert known is not None, "`best` has a loss"
         return metrics["eval_loss"] < known

@@ -231,6 +231,20 @@ def test_retention_keeps_the_newest_the_multiples_and_the_best(
     assert checkpoints.best() == best
 
 
+def test_losses_of_other_held_out_data_are_not_compared(tmp_path):
+    evaluations = {1: ("a", 1.0), 2: ("b", 3.0), 3: ("b", 2.0), 4: ("b", 2.5)}
+    config = CheckpointConfig(every=1, keep_latest=1, keep_best=True)
+    with Checkpoints(tmp_path, config) as checkpoints:
+        for step, (held_out, loss) in evaluations.items():
+            metrics = {"eval_loss": loss}
+            data = {"eval": held_out}
+            checkpoints.save(step, {"w": jnp.ones(2)}, data, metrics=metrics)
+    for each in (checkpoints, Checkpoints(tmp_path, config)):
+        assert each.steps() == [3, 4]
+        assert each.best() == 3
+        assert each.best("a") is None
+
+
 def test_the_newest_step_stays_until_the_next_is_whole(tmp_path):
     with Checkpoints(tmp_path, CheckpointConfig(keep_latest=1)) as checkpoints:
         for step in range(1, 6):
