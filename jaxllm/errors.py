@@ -9,8 +9,10 @@ _ADVICE = {
     errno.EACCES: "give a path that you may read and write",
     errno.EPERM: "give a path that you may read and write",
     errno.EROFS: "give a path on a file system that can be written",
-    errno.ENOSPC: "nothing that was saved is lost: free some space and run it again",
-    errno.EDQUOT: "nothing that was saved is lost: free some space and run it again",
+    errno.ENOSPC: "nothing that was saved is lost: free some space and "
+    "run the same command again",
+    errno.EDQUOT: "nothing that was saved is lost: free some space and "
+    "run the same command again",
     errno.EIO: "the disk or its server failed: run the same command again, and "
     "restore a copy if that fails too",
     errno.ESTALE: "its server replaced it meanwhile: run the same command again",

@@ -6,11 +6,11 @@
 --input is a file, a folder (all its files), a glob, - for standard input, or
 python:stdlib for the source of Python's own library. A .jsonl, .json or .parquet file
 has one document a row; any other file is UTF-8 text and one document. Text and JSON may
-be compressed (.gz, .bz2, .xz, .zst). --tokenizer is `bytes`,
-the path of a tokenizer.json, or `bpe:4096` to train one on the input. The output is the
-same for any number of workers, and appears whole or not at all: after an interruption
-the same command starts again. The exit status is 0 when finished, 2 if the input is
-wrong, 75 if interrupted, 1 for anything else.
+be compressed (.gz, .bz2, .xz, .zst). --tokenizer is `bytes`, the path of a
+tokenizer.json, or `bpe:4096` to train one on the input. The output is the same for any
+number of workers, and appears whole or not at all: after an interruption the same
+command starts again. The exit status is 0 when finished, 2 if the input is wrong, 75 if
+interrupted, 1 for anything else.
 """
 
 import contextlib

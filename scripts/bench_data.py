@@ -50,7 +50,7 @@ def timed(name: str, action: Callable[[], Any]) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--documents", type=int, default=10_000_000)
+    parser.add_argument("--documents", type=int, required=True)
     number = parser.parse_args().documents
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "data.bin"

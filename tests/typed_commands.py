@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pyarrow
 import pyarrow.parquet
+from hf.cases import write_folder
 
 from jaxllm.text.tokenizers import train_bpe
 
@@ -68,6 +69,9 @@ ELSEWHERE = {  # beginning of a command: why it does not run here
     "JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=1 python scripts/chaos.py": (
         "takes an hour; tests/run/test_resume.py runs it for less"
     ),
+    "python -m jaxllm.hf": "tests/hf/test_commands.py, on a small model",
+    "python -m jaxllm.generate --workdir runs/base": "needs a model with a tokenizer",
+    "python -m jaxllm.train --config configs/continue.py": "tests/hf/test_commands.py",
     ".venv/bin/pre-commit install": "would change the git hooks",
     # In docstrings, in quoted code and in messages.
     "JAX_NUM_CPU_DEVICES=8 JAX_PLATFORMS=cpu python -m jaxllm.compare_meshes --config "
@@ -88,7 +92,6 @@ ELSEWHERE = {  # beginning of a command: why it does not run here
     "scripts/compile_step.py": "tests/step/test_step_offline.py does",
     "srun": "tests/cluster/test_slurm.py, where there is a SLURM",
     "tensorboard": "runs for ever",
-    "zcat {path}": "the user completes it",
 }
 RUNS_HERE = (
     *("python -m jaxllm.", "python -m pallas_kernels.offline.resources --predict"),
@@ -212,6 +215,7 @@ def make_data(folder: Path):
     table = pyarrow.table({"body": texts})
     pyarrow.parquet.write_table(table, folder / "rows.parquet")
     (folder / "tokenizer.json").write_bytes(train_bpe(texts, 300).json)
+    write_folder("qwen2", folder / "models" / "base")
     (folder / "owt").mkdir()
     for name in ("train", "val"):
         np.arange(1000, dtype="<u2").tofile(folder / "owt" / f"{name}.bin")

@@ -20,6 +20,7 @@ from jaxllm.config.sections import (
     MeshConfig,
     OptimizerConfig,
 )
+from jaxllm.config.variant import RopeConfig, VariantConfig
 
 __all__ = [
     "AnomalyConfig",
@@ -35,6 +36,8 @@ __all__ = [
     "MoEConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "RopeConfig",
+    "VariantConfig",
     "load_config",
     "override",
     "presets",

@@ -4,7 +4,7 @@
 import math
 from typing import Any
 
-from jaxllm.config.variant import RopeConfig
+from jaxllm.config import RopeConfig
 
 Settings = dict[str, Any]  # of ModelConfig, by dotted name
 

@@ -7,9 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jaxllm.config import ModelConfig, MoEConfig
+from jaxllm.config import ModelConfig, MoEConfig, RopeConfig, VariantConfig
 from jaxllm.config.files import check_types
-from jaxllm.config.variant import RopeConfig, VariantConfig
 from jaxllm.errors import InputError
 from jaxllm.hf.families import FAMILIES
 from jaxllm.hf.rope import SCALINGS, Settings

@@ -391,7 +391,7 @@ assert made.wait(lambda: True) is None
     "settings, remedy",
     [
         ({"prefetch": 10**9}, r"use config\.data\.prefetch=\d+ or less"),
-        ({"batch_size": 2**40}, r"lower config\.data\.batch_size"),
+        ({"batch_size": 2**26}, r"lower config\.data\.batch_size"),
     ],
 )
 def test_batches_that_no_memory_can_hold_are_refused(settings, remedy, place):

@@ -155,7 +155,7 @@ CASES = {
         f"{NEW} --config.optimizer.name=adamv",
         ("config.optimizer.name='adamv'", "one of adamw", "did you mean adamw?"),
     ),
-    "no steps": Case(f"{NEW} --config.steps=0", ("config.steps=0", "at least 1")),
+    "no steps": Case(f"{NEW} --config.steps=0", ("config.steps=0", "from 1 to")),
     "negative rate": Case(
         f"{NEW} --config.optimizer.lr=-1", ("config.optimizer.lr=-1", "above 0")
     ),

@@ -181,9 +181,10 @@ def _first_column(document: Path, header: str) -> list[str]:
 
 
 def _known_options() -> set[str]:
-    defined = re.compile(r'DEFINE_\w+\(\s*"(\w+)"')
+    # Called, or in a table of flags.
+    defined = re.compile(r'DEFINE_\w+[(,]\s*"(\w+)"')
     names = {"help", "helpfull", *(f"config.{name}" for name in setting_types())}
-    for path in (ROOT / "jaxllm").glob("*.py"):
+    for path in (ROOT / "jaxllm").rglob("*.py"):
         for match in defined.finditer(path.read_text()):
             names.add(match[1])
     return names
