@@ -18,6 +18,7 @@ import dataclasses
 import difflib
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -174,7 +175,16 @@ def _help_text() -> str:
         text, default = values[name].help, values[name].default
         text = text.partition(";\n")[0]  # absl adds a line to some
         note = "" if default in (None, [], False) else f" ({default})"
-        lines.append(f"  --{name:<22} {text}{note}")
+        head = f"  --{name:<22} "
+        lines.append(
+            textwrap.fill(
+                f"{text}{note}",
+                88,
+                initial_indent=head,
+                subsequent_indent=" " * len(head),
+                break_on_hyphens=False,
+            )
+        )
     return "\n".join(lines)
 
 
