@@ -69,6 +69,12 @@ ELSEWHERE = {  # beginning of a command: why it does not run here
     "JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=1 python scripts/chaos.py": (
         "takes an hour; tests/run/test_resume.py runs it for less"
     ),
+    "scripts/fuzz_settings.py": "hours; tests/plan/test_fuzz_settings.py draws less",
+    "JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=8 python scripts/fuzz_settings.py": "so",
+    "python scripts/fuzz_runs.py": "hours; tests/run/test_fuzz_runs.py damages less",
+    "python scripts/bench_data.py": "a minute, and a calm machine",
+    "python -m zipfile -e": "the user names the archive",
+    "python -m jaxllm.tokenize --input -": "tests/text/test_inputs.py pipes text in",
     "python -m jaxllm.hf": "tests/hf/test_commands.py, on a small model",
     "python -m jaxllm.generate --workdir runs/base": "needs a model with a tokenizer",
     "python -m jaxllm.train --config configs/continue.py": "tests/hf/test_commands.py",

@@ -91,7 +91,7 @@ def check_regular(what: str, mode: int):
     if kind := kinds.get(stat.S_IFMT(mode)):
         raise InputError(
             f"{what} is {kind}, not a file; give a file, or pipe text into "
-            "`python -m jaxllm.tokenize --input - ...`."
+            "`python -m jaxllm.tokenize --input - --output DIR`."
         )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxllm.checkpoint.label import DATA, json_checksum
 from jaxllm.config.saved import read_config
 from jaxllm.errors import InputError
 from jaxllm.inference import Request, Sampling, read_request
@@ -30,6 +31,8 @@ def make_run(trained, tmp_path_factory):
                 name.replace("data_", "config.data."): value
                 for name, value in batches.items()
             }
+            sums = data.pop("checksums")
+            data["checksums"] = {**sums, DATA: json_checksum(data)}
             path.write_text(json.dumps(data))
         return run
 
