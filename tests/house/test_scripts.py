@@ -11,7 +11,8 @@ import pytest
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 # These do their whole work without an argument.
 NEED_NONE = {
-    *("bench_step.py", "longest.py", "measure_bubble.py", "settings_table.py"),
+    *("bench_step.py", "fuzz_runs.py", "longest.py", "measure_bubble.py"),
+    "settings_table.py",
     *("quickstart.sh", "slurm/install.sh", "slurm/trouble.py"),
 }
 # An arm of bench_step.py, which imports torch before all else.
