@@ -20,7 +20,8 @@ from jaxllm.inference import Sampling
 from jaxllm.inference.sampling import sample_tokens
 from jaxllm.models import Model, logits
 
-TOLERANCE = 1e-5  # float32, logits up to 5
+# Of the largest logit: float32 roundings of the products and sums of some layers.
+TOLERANCE = 24 * float(np.finfo(np.float32).eps)
 # One of each mechanism; the others are variants.
 FAST = (
     *("llama_llama3", "qwen3_yarn", "gemma2", "gemma3_text", "phi3_window", "olmo3"),
@@ -44,7 +45,8 @@ def test_logits_are_those_of_transformers(case, tmp_path):
     run = jax.jit(logits, static_argnums=0)
     found = run(dataclasses.replace(config, dtype="float32"), params, known["ids"])
     assert found.dtype == jnp.float32
-    np.testing.assert_allclose(found, known["logits"], rtol=0, atol=TOLERANCE)
+    bound = TOLERANCE * np.abs(known["logits"]).max()
+    np.testing.assert_allclose(found, known["logits"], rtol=0, atol=bound)
 
 
 # Longrope takes its factors by the length of the row: transformers by that of the text
