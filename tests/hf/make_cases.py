@@ -60,7 +60,7 @@ TIED = dict(tie_word_embeddings=True)
 UNTIED = dict(tie_word_embeddings=False)
 FOUR = dict(num_hidden_layers=4)
 CASES = {
-    "llama": dict(WIDE),
+    "llama_plain": dict(WIDE),
     "llama_all_biases": dict(SIZES, **TIED, attention_bias=True, mlp_bias=True),
     "llama_attention_bias": dict(WIDE, attention_bias=True),
     "llama_llama3": dict(WIDE, rope_parameters=LLAMA3, rms_norm_eps=1e-5),

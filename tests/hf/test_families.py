@@ -130,7 +130,7 @@ def test_what_version_4_reads_is_written_beside_what_version_5_reads(case):
     ],
 )
 def test_settings_that_cannot_be_honoured_are_refused_by_name(changes, said):
-    given = {**all_cases()["llama"]["config"], **changes}
+    given = {**all_cases()["llama_plain"]["config"], **changes}
     if "rope_scaling" in changes:
         del given["rope_parameters"]
     with pytest.raises(ValueError, match=r"config\.json: ") as error:

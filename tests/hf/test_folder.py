@@ -83,7 +83,8 @@ def test_shards_of_any_dtype_are_read_and_written_bitwise(dtype, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "case", ["llama", "gpt2", "gpt_neox", "glm4", "mixtral", "granitemoe", "gemma2"]
+    "case",
+    ["llama_plain", "gpt2", "gpt_neox", "glm4", "mixtral", "granitemoe", "gemma2"],
 )
 def test_a_model_without_origin_is_written_as_transformers_writes_it(case, tmp_path):
     config, params = load(write_folder(case, tmp_path / case))
@@ -210,7 +211,7 @@ QUERY = "model.layers.0.self_attn.q_proj.weight"
     ],
 )
 def test_a_malformed_folder_is_refused_with_what_and_where(change, said, tmp_path):
-    folder = write_folder("llama", tmp_path / "llama")
+    folder = write_folder("llama_plain", tmp_path / "llama")
     change(folder)
     with pytest.raises(InputError) as error:
         load(folder)
@@ -238,7 +239,7 @@ def test_a_base_model_lacks_the_first_word_of_every_name(tmp_path):
 
 
 def test_nothing_is_written_where_something_is(tmp_path):
-    config, params = load(write_folder("llama", tmp_path / "llama"))
+    config, params = load(write_folder("llama_plain", tmp_path / "llama"))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")
     with pytest.raises(InputError, match="is not empty"):
