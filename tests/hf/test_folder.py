@@ -85,7 +85,6 @@ def test_shards_of_any_dtype_are_read_and_written_bitwise(dtype, tmp_path):
 @pytest.mark.parametrize(
     "case",
     ["llama_plain", "gpt2", "gpt_neox", "glm4", "mixtral", "granitemoe", "gemma2"],
-    ["llama_plain", "gpt2", "gpt_neox", "glm4", "mixtral", "granitemoe", "gemma2"],
 )
 def test_a_model_without_origin_is_written_as_transformers_writes_it(case, tmp_path):
     config, params = load(write_folder(case, tmp_path / case))
