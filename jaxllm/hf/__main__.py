@@ -3,7 +3,7 @@
 
 python -m jaxllm.hf import FOLDER --workdir runs/x
 python -m jaxllm.hf export --workdir runs/x --to FOLDER [--step best] [--dtype bfloat16]
-python -m jaxllm.hf verify FOLDER [FOLDER ...]
+python -m jaxllm.hf verify FOLDER [FOLDER ...] [--python PYTHON]
 """
 
 from pathlib import Path
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
         print("\n".join(_export()))
     elif command == ["verify"] and folders:
         for folder in folders:
-            print("\n".join(verify(folder)))
+            print("\n".join(verify(folder, absl_flags.FLAGS.python)))
     else:
         raise InputError(USAGE)
     return flags.FINISHED
@@ -84,6 +84,11 @@ def define_flags() -> None:
     absl_flags.DEFINE_string("to", None, "new folder of the exported model")
     absl_flags.DEFINE_string(
         "step", "latest", "checkpoint to export: a step, latest or best"
+    )
+    absl_flags.DEFINE_string(
+        "python",
+        None,
+        "a Python with torch and transformers, whose logits are compared with ours",
     )
     absl_flags.DEFINE_enum(
         "dtype",

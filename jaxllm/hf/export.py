@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -18,11 +19,13 @@ from jaxllm.errors import InputError
 from jaxllm.hf.carried import Carried
 from jaxllm.hf.families import FAMILIES
 from jaxllm.hf.folder import CONFIG, DTYPES, INDEX, WEIGHTS
+from jaxllm.hf.settings import read_model
 from jaxllm.hf.tensors import Piece, pieces
-from jaxllm.hf.writing import family_of, write_model
+from jaxllm.hf.writing import differences, family_of, write_model
 from jaxllm.models import Model
 
 SHARD_BYTES = 5 * 10**9
+METADATA = "__metadata__"
 _CODES = {name: code for code, name in DTYPES.items()}
 _VERSION = "5.24.0"  # of transformers, whose layout this is
 
@@ -54,27 +57,29 @@ def export(
       InputError: no family can say the settings; nothing is written then.
     """
     rows = carried.vocab_size
-    written = config
-    if rows and rows < config.vocab_size:
-        written = _with_rows(config, rows)
-    model_type = carried.model_type or family_of(written)
-    content = write_model(model_type, written)
-    content = content | carried.config if carried.config else content
-    name = dtype or (carried.dtype if carried.layout else "float32")
-    content |= {"dtype": name, "torch_dtype": name}
+    if rows and rows < config.vocab_size:  # more than in the folder, for a mesh
+        config = dataclasses.replace(config, vocab_size=rows)
+    model_type = carried.model_type or family_of(config)
+    content = {**write_model(model_type, config), **carried.config}
+    _check_settings(content, config)
+    layout = _layout(Model(config), model_type, carried, dtype)
+    names = {entry["dtype"] for header in layout.values() for entry in _tensors(header)}
+    if carried.config and dtype is None:
+        content.setdefault("torch_dtype", carried.dtype)
+        content.setdefault("dtype", carried.dtype)
+    else:
+        name = DTYPES[max(names)]
+        content |= {"dtype": name, "torch_dtype": name}
     content.setdefault("transformers_version", _VERSION)
-    model = Model(written)
-    layout = _layout(model, model_type, carried, dtype)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise InputError(f"--to={to} exists and is not empty; give a new folder.")
     partial = to.with_name(f"{to.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
         carried.copy_to(partial)
-        has_index = dtype is None and (partial / INDEX).exists()
-        if not has_index:
-            (partial / INDEX).unlink(missing_ok=True)
-        _write_files(partial, model, model_type, params, layout, has_index)
+        _write_files(partial, Model(config), model_type, params, layout)
+        if layout is not carried.layout:
+            _write_index(partial, layout)
         text = json.dumps(content, indent=2, sort_keys=True) + "\n"
         if carried.config == content:
             text = carried.config_text
@@ -88,82 +93,92 @@ def export(
     return sorted(path.name for path in to.iterdir())
 
 
-def _with_rows(config: ModelConfig, rows: int) -> ModelConfig:
-    return dataclasses.replace(config, vocab_size=rows)
+def _check_settings(content: Mapping[str, Any], config: ModelConfig) -> None:
+    """Refuses a config.json that was carried along and is not of this model."""
+    _, said = read_model(content, CONFIG)
+    if different := differences(config, said):
+        raise InputError(
+            f"the config.json that was imported says otherwise of "
+            f"{'; '.join(different)}: the model was changed since."
+        )
 
 
 def _layout(
     model: Model, model_type: str, carried: Carried, dtype: str | None
 ) -> Layout:
-    """Returns the header of each file: as imported, or in the order of safetensors."""
+    """Returns the header of each file: as imported if the tensors are the same."""
     shapes = {
         piece.name: piece.shape
         for path in model.letters
         for piece in pieces(model, FAMILIES[model_type], path)
     }
-    if carried.layout and dtype is None:
+    known = {n: e for header in carried.layout.values() for n, e in header.items()}
+    if dtype is None and known.keys() - {METADATA} == shapes.keys():
         return carried.layout
-    code = _CODES[dtype or "float32"]
-    width = jnp.dtype(DTYPES[code]).itemsize
+    # Others: buffers, a head beside its tie, or names of a base model. They go.
+    prefix = FAMILIES[model_type].tensors["embedding"].name.partition(".")[0] + "."
     files: list[dict[str, Any]] = [{}]
     used = 0
     for name in sorted(shapes):
-        size = int(np.prod(shapes[name])) * width
+        imported = known.get(name) or known.get(name.removeprefix(prefix)) or {}
+        code = _CODES[dtype] if dtype else imported.get("dtype", "F32")
+        size = math.prod(shapes[name]) * jnp.dtype(DTYPES[code]).itemsize
         if files[-1] and used + size > SHARD_BYTES:
             files.append({})
             used = 0
-        offsets = [used, used + size]
         files[-1][name] = {
             "dtype": code,
             "shape": list(shapes[name]),
-            "data_offsets": offsets,
+            "data_offsets": [used, used + size],
         }
         used += size
-    names = [WEIGHTS]
-    if len(files) > 1:
-        names = [
-            f"model-{number:05d}-of-{len(files):05d}.safetensors"
-            for number in range(1, len(files) + 1)
-        ]
-    headers = ({"__metadata__": {"format": "pt"}, **file} for file in files)
-    return dict(zip(names, headers, strict=True))
+    number = len(files)
+    headers = ({METADATA: {"format": "pt"}, **file} for file in files)
+    if number == 1:
+        return {WEIGHTS: next(headers)}
+    return {
+        f"model-{place:05d}-of-{number:05d}.safetensors": header
+        for place, header in enumerate(headers, 1)
+    }
 
 
 def _write_files(
-    folder: Path,
-    model: Model,
-    model_type: str,
-    params: Any,
-    layout: Layout,
-    has_index: bool,
+    folder: Path, model: Model, model_type: str, params: Any, layout: Layout
 ) -> None:
     by_name: dict[str, list[tuple[str, Piece]]] = {}
     for path in model.letters:
         for piece in pieces(model, FAMILIES[model_type], path):
             by_name.setdefault(piece.name, []).append((path, piece))
-    total = 0
     for file, header in layout.items():
         with (folder / file).open("wb") as out:
             text = json.dumps(header, separators=(",", ":")).encode()
             text += b" " * (-len(text) % 8)
             out.write(len(text).to_bytes(8, "little") + text)
-            for name, entry in _in_order(header):
-                tensor = _tensor(by_name[name], params, entry)
-                total += tensor.nbytes
-                tensor.tofile(out)
+            in_order = sorted(_tensors(header), key=lambda entry: entry["data_offsets"])
+            for entry in in_order:
+                _tensor(by_name[entry["name"]], params, entry).tofile(out)
             out.flush()
             os.fsync(out.fileno())
-    if len(layout) > 1 and not has_index:
-        names = {n: file for file, h in layout.items() for n, _ in _in_order(h)}
-        index = {"metadata": {"total_size": total}, "weight_map": names}
-        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (folder / INDEX).write_text(text, encoding="utf-8")
 
 
-def _in_order(header: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields the tensors of a file in the order of their bytes."""
-    tensors = ((n, entry) for n, entry in header.items() if n != "__metadata__")
-    yield from sorted(tensors, key=lambda pair: pair[1]["data_offsets"])
+def _write_index(folder: Path, layout: Layout) -> None:
+    """Writes which file has which tensor, unless there is one file."""
+    (folder / INDEX).unlink(missing_ok=True)
+    if len(layout) == 1:
+        return
+    entries = [(file, e) for file, header in layout.items() for e in _tensors(header)]
+    total = sum(e["data_offsets"][1] - e["data_offsets"][0] for _, e in entries)
+    weight_map = {entry["name"]: file for file, entry in entries}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+    (folder / INDEX).write_text(text, encoding="utf-8")
+
+
+def _tensors(header: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yields the entries of a header, with their names."""
+    for name, entry in header.items():
+        if name != METADATA:
+            yield {"name": name, **entry}
 
 
 def _tensor(parts: list[tuple[str, Piece]], params: Any, entry: Mapping) -> np.ndarray:

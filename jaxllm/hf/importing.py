@@ -17,9 +17,11 @@ from jaxllm.errors import InputError
 from jaxllm.hf.carried import carry, read_carried
 from jaxllm.hf.folder import Folder, check
 from jaxllm.hf.loading import read_params
+from jaxllm.text.tokenizers import HFTokenizer, load_tokenizer
 
 TOKENIZER = "tokenizer"  # in the directory of a run
-IMPORTED = "imported"  # key of a checkpoint's data
+IMPORTED = "imported"  # key of a checkpoint's data: the family
+STARTS = "starts"  # another: tokens that its tokenizer begins a text with
 _ROW = 4096  # tokens of a row, at most, until a config says otherwise
 
 
@@ -52,9 +54,10 @@ def import_folder(source: Path, workdir: Path, mesh_sizes: dict[str, int]) -> Co
         params = read_params(folder, target)
         workdir.mkdir(parents=True, exist_ok=True)
         carry(folder, workdir)
-        _keep_tokenizer(folder, workdir)
+        starts = _keep_tokenizer(folder, workdir)
     with Checkpoints(workdir / CHECKPOINTS, CheckpointConfig()) as checkpoints:
-        checkpoints.save(0, {"params": params}, {IMPORTED: folder.model_type})
+        data = {IMPORTED: folder.model_type, STARTS: starts}
+        checkpoints.save(0, {"params": params}, data)
     write_config(workdir, config)
     return config
 
@@ -71,13 +74,20 @@ def _config(folder: Folder) -> Config:
     )
 
 
-def _keep_tokenizer(folder: Folder, workdir: Path) -> None:
-    """Keeps tokenizer.json where the commands look for the tokenizer of a run."""
+def _keep_tokenizer(folder: Folder, workdir: Path) -> list[int]:
+    """Keeps tokenizer.json where the commands look for the tokenizer of a run.
+
+    Returns:
+      the token that it begins a text with, if any.
+    """
     source = folder.path / TOKENIZER_FILE
     if not source.is_file():
-        return
+        return []
+    tokenizer = load_tokenizer(str(source))
+    assert isinstance(tokenizer, HFTokenizer), "a file is one"
     (workdir / TOKENIZER).mkdir()
     (workdir / TOKENIZER / TOKENIZER_FILE).write_bytes(source.read_bytes())
     ends = read_carried(workdir).end_tokens
     facts: dict[str, Any] = {"kind": "hf", "end_of_document": ends[0] if ends else None}
     (workdir / TOKENIZER / "facts.json").write_text(json.dumps(facts))
+    return tokenizer.backend.encode("", add_special_tokens=True).ids[:1]

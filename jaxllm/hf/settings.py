@@ -89,7 +89,7 @@ class _Reader:
         return value
 
     def read(self) -> Settings:
-        settings: Settings = {"norm": "rmsnorm", "bias": "none"}
+        settings: Settings = {"norm": "rmsnorm", "bias": "none", "dtype": self._dtype()}
         for name, key in self.family.keys.items():
             inverse = key.startswith("1/")
             value = self.get(key.removeprefix("1/"))
@@ -128,6 +128,11 @@ class _Reader:
                     f"model_type={self.config['model_type']}, and might change its "
                     "results; remove it if it does not."
                 )
+
+    def _dtype(self) -> str:
+        """Returns the dtype to compute in: float32 models keep their numbers."""
+        said = self.config.get("dtype") or self.config.get("torch_dtype") or "float32"
+        return "float32" if said == "float32" else "bfloat16"
 
     def _derived(self, settings: Settings) -> Settings:
         """Returns what has a value by others if its key is absent."""

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxllm.cluster.memory import check_room, device_bytes, host_bytes
 from jaxllm.config import Config
 from jaxllm.errors import InputError
+from jaxllm.hf.carried import read_carried
 from jaxllm.inference.sampling import Sampling, cache_length
 from jaxllm.run.saved_model import Which, document_starts
 from jaxllm.text.tokenizers import Tokenizer
@@ -83,7 +84,7 @@ def read_request(
         prompts=prompts,
         max_tokens=max_tokens,
         sampling=sampling,
-        ends=starts if end is None else starts | {end},
+        ends=starts | ({end} - {None}) | frozenset(read_carried(workdir).end_tokens),
     )
 
 

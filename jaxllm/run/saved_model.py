@@ -14,6 +14,7 @@ from jaxllm.config.saved import read_values
 from jaxllm.data.manifest import MANIFEST
 from jaxllm.errors import CheckpointError, DamagedError, InputError
 from jaxllm.files import local_path, parse_json, write_whole
+from jaxllm.hf.importing import STARTS
 from jaxllm.run.saves import describe_other_model
 from jaxllm.run.workdir import TOKENIZER
 from jaxllm.text.tokenizers import HFTokenizer, Tokenizer, load_tokenizer
@@ -55,6 +56,8 @@ def document_starts(workdir: Path, config: Config, which: Which) -> frozenset[in
     """
     with Checkpoints(workdir / CHECKPOINTS, config.checkpoint) as checkpoints:
         saved = checkpoints.data(checkpoints.named(which))
+    if STARTS in saved:  # an imported model
+        return frozenset(saved[STARTS])
     batches = saved.get("batches", {})
     if batches.get("order_version", 1) < 2:
         return frozenset()

@@ -15,6 +15,7 @@ from jaxllm.config.files import config_to_dict
 from jaxllm.config.saved import compare_configs
 from jaxllm.data.fingerprint import describe_change
 from jaxllm.errors import CheckpointError, InputError
+from jaxllm.hf.importing import IMPORTED
 from jaxllm.run.origin import first_state
 from jaxllm.step import Setup, TrainState
 
@@ -49,6 +50,12 @@ class Saves:
         self.checkpoints.wait()
         if self.checkpoints.is_empty():
             return Saved(0, first_state(self.setup), {})
+        latest = self.checkpoints.latest()
+        if latest is not None and IMPORTED in self.checkpoints.data(latest):
+            raise InputError(
+                "--workdir holds an imported model, not a run; give it as "
+                "config.init_from, and another --workdir."
+            )
         began_at_s = time.perf_counter()
         step, state, saved = self.checkpoints.restore_newest(self.setup.abstract_state)
         found = self._read(step, state, saved)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A folder is read whole, placed as asked for, and written bitwise the same."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -96,6 +97,36 @@ def test_a_model_without_origin_is_written_as_transformers_writes_it(case, tmp_p
         np.testing.assert_array_equal(written[name], tensor)
     again, _ = load(tmp_path / "out")
     assert again == config
+
+
+def test_buffers_and_bare_names_of_an_import_are_not_written_again(tmp_path):
+    folder = write_folder("gpt2", tmp_path / "gpt2")
+    found = load_file(folder / WEIGHTS)
+    bare = {n.removeprefix("transformer."): x for n, x in found.items()}
+    bare["h.0.attn.bias"] = np.ones((1, 1, 4, 4), np.float32)
+    bare["wte.weight"] = bare["wte.weight"].astype(np.float16)
+    save_file(bare, folder / WEIGHTS)
+    config, params = load(folder)
+    with Folder(folder) as opened:
+        carry(opened, tmp_path / "run")
+    export(config, params, tmp_path / "out", carried=read_carried(tmp_path / "run"))
+    written = load_file(tmp_path / "out" / WEIGHTS)
+    assert written.keys() == found.keys()
+    assert written["transformer.wte.weight"].dtype == np.float16
+    np.testing.assert_array_equal(written["transformer.wte.weight"], bare["wte.weight"])
+
+
+def test_a_model_that_was_changed_since_its_import_is_not_exported(tmp_path):
+    folder = write_folder("qwen2", tmp_path / "qwen2")
+    config, params = load(folder)
+    with Folder(folder) as opened:
+        carry(opened, tmp_path / "run")
+    changed = dataclasses.replace(config, rope_theta=5.0)
+    with pytest.raises(InputError, match="rope_theta"):
+        export(
+            changed, params, tmp_path / "out", carried=read_carried(tmp_path / "run")
+        )
+    assert not (tmp_path / "out").exists()
 
 
 def test_files_that_travel_are_the_same_bytes(tmp_path):

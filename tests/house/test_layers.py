@@ -17,7 +17,6 @@ EXTRAS = {
     "pyarrow": "jaxllm.text.streams",
     "wandb": "jaxllm.records.metrics",
     **dict.fromkeys(("torch", "tokamax", "liger_kernel"), "pallas_kernels.bench.peers"),
-    "transformers": "jaxllm.hf.verify",
 }
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
