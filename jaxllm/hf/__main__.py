@@ -66,6 +66,7 @@ def _export() -> list[str]:
         Path(values.to),
         carried=read_carried(workdir),
         dtype=values.dtype,
+        length=config.data.sequence_length,
     )
     return [f"{values.to}: step {step} of {workdir}", *(f"  {file}" for file in files)]
 

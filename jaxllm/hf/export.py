@@ -39,6 +39,7 @@ def export(
     *,
     carried: Carried,
     dtype: str | None = None,
+    length: int | None = None,
 ) -> list[str]:
     """Writes config.json, safetensors files and what was carried along.
 
@@ -49,6 +50,7 @@ def export(
       carried: what came with the model when it was imported.
       dtype: "float32", "bfloat16" or "float16", of all tensors; None: what each was
         when the model was imported, else float32.
+      length: tokens of the rows it was trained on, where config.json says none yet.
 
     Returns:
       the names of the files.
@@ -71,6 +73,8 @@ def export(
         name = DTYPES[max(names)]
         content |= {"dtype": name, "torch_dtype": name}
     content.setdefault("transformers_version", _VERSION)
+    if length is not None and "max_position_embeddings" not in content:
+        content["max_position_embeddings"] = length
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise InputError(f"--to={to} exists and is not empty; give a new folder.")
     partial = to.with_name(f"{to.name}.{os.getpid()}.partial")

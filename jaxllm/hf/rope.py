@@ -109,8 +109,5 @@ def write_scaling(rope: RopeConfig) -> dict[str, Any]:
             return {
                 "short_factor": list(rope.short_factors),
                 "long_factor": list(rope.long_factors),
-                "attention_factor": rope.magnitude,
-                "factor": rope.factor,
-                "original_max_position_embeddings": rope.original_length,
             }
     return {}

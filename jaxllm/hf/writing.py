@@ -71,6 +71,8 @@ def _write(family: Family, model_type: str, model: ModelConfig) -> dict[str, Any
     config: dict[str, Any] = {
         "architectures": [family.architecture],
         "model_type": model_type,
+        # Those of the class where they are absent, which may be beyond the vocabulary.
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
     }
     for name, key in family.keys.items():
         value = flat[name]
@@ -84,10 +86,8 @@ def _write(family: Family, model_type: str, model: ModelConfig) -> dict[str, Any
         config[key.removeprefix("1/")] = 1 / value if key.startswith("1/") else value
         if key in family.aliases:
             config[family.aliases[key]] = value
-    names = {
-        ours: theirs for theirs, ours in reversed(list(family.activations.items()))
-    }
-    config[family.activation_key] = names.get(model.mlp, model.mlp)
+    names = [name for name, mlp in family.activations.items() if mlp == model.mlp]
+    config[family.activation_key] = (names or [model.mlp])[0]
     for said, bias in family.biases.items():
         if bias == model.bias:
             for pair in said.split():
@@ -139,7 +139,12 @@ def _write_rope(family: Family, model: ModelConfig) -> dict[str, Any]:
         top[family.window_theta or "rope_theta"] = rope.window_theta
     if "rotary_pct" in family.defaults:
         top["rotary_emb_base"] = model.rope_theta
-    if kind != "none":
+    if kind == "longrope":
+        # Version 4 takes these three keys and no other, and lengths from the top.
+        top["rope_scaling"] = {"type": kind, **scaling}
+        top["original_max_position_embeddings"] = rope.original_length
+        top["max_position_embeddings"] = round(rope.factor * rope.original_length)
+    elif kind != "none":
         # Where the old key is there, both versions take theta from beside it, or in it.
         top["rope_scaling"] = {"rope_type": kind, **scaling}
         if rope.window_theta is None:
