@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from jaxllm.hf.table import (
     BASE,
+    BIASES,
     BOTH_NORMS,
     FLAT_NORMS,
     GATE_UP,
@@ -18,9 +19,9 @@ from jaxllm.hf.table import (
     SILU,
     TANH,
     Family,
-    Tensor,
     attention,
     ends,
+    fused_heads,
     mlp,
     norms,
 )
@@ -31,11 +32,7 @@ DENSE: Mapping[str, Family] = {
         keys=KEYS,
         defaults=BASE,
         activations=SILU,
-        biases={
-            "attention_bias=False mlp_bias=False": "none",
-            "attention_bias=True mlp_bias=False": "attention",
-            "attention_bias=True mlp_bias=True": "all",
-        },
+        biases=BIASES,
         tensors=LLAMA,
         skipped=(ROTARY_BUFFER,),
     ),
@@ -172,15 +169,7 @@ DENSE: Mapping[str, Family] = {
         scalings=("default", "longrope"),
         activations=SILU,
         tensors=LLAMA
-        | {
-            "attention/query": Tensor(LAYER + "self_attn.qkv_proj.weight", "+NH D"),
-            "attention/key": Tensor(
-                LAYER + "self_attn.qkv_proj.weight", "+KH D", after="NH"
-            ),
-            "attention/value": Tensor(
-                LAYER + "self_attn.qkv_proj.weight", "+KH D", after="NH KH"
-            ),
-        }
+        | fused_heads(LAYER + "self_attn.qkv_proj", "+?H D", "+?H")
         | GATE_UP,
     ),
     "olmo2": Family(
@@ -224,11 +213,7 @@ DENSE: Mapping[str, Family] = {
             logits_scaling=1.0,
         ),
         activations=SILU,
-        biases={
-            "attention_bias=False mlp_bias=False": "none",
-            "attention_bias=True mlp_bias=False": "attention",
-            "attention_bias=True mlp_bias=True": "all",
-        },
+        biases=BIASES,
         tensors=LLAMA,
     ),
     "smollm3": Family(
@@ -239,11 +224,7 @@ DENSE: Mapping[str, Family] = {
         windows="layer_types",
         rotated="listed",
         activations=SILU,
-        biases={
-            "attention_bias=False mlp_bias=False": "none",
-            "attention_bias=True mlp_bias=False": "attention",
-            "attention_bias=True mlp_bias=True": "all",
-        },
+        biases=BIASES,
         ignored=("no_rope_layer_interval", "max_window_layers"),
         tensors=LLAMA,
     ),
@@ -294,11 +275,7 @@ DENSE: Mapping[str, Family] = {
         keys=KEYS,
         defaults=BASE | dict(rms_norm_eps=1e-5),
         activations={"relu2": "relu2"},
-        biases={
-            "attention_bias=False mlp_bias=False": "none",
-            "attention_bias=True mlp_bias=False": "attention",
-            "attention_bias=True mlp_bias=True": "all",
-        },
+        biases=BIASES,
         tensors=LLAMA,
     ),
 }

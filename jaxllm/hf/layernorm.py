@@ -4,6 +4,7 @@
 from collections.abc import Mapping
 
 from jaxllm.hf.table import (
+    ATTENTION_BIASES,
     BASE,
     KEYS,
     LAYERNORM_KEYS,
@@ -16,7 +17,9 @@ from jaxllm.hf.table import (
     Tensor,
     attention,
     ends,
+    fused_heads,
     mlp,
+    norms,
 )
 
 LAYERNORM: Mapping[str, Family] = {
@@ -42,20 +45,9 @@ LAYERNORM: Mapping[str, Family] = {
         activations={"gelu": "gelu_exact", **PLAIN_TANH},
         requires={"attention_bias": (True,)},
         tensors={
-            **{
-                f"attention/{name}{kind}": Tensor(
-                    f"gpt_neox.layers.{{n}}.attention.query_key_value.{suffix}",
-                    dims,
-                    index=index,
-                )
-                for index, (name, letter) in enumerate(
-                    (("query", "N"), ("key", "K"), ("value", "K"))
-                )
-                for kind, suffix, dims in (
-                    ("", "weight", f"{letter}3H D"),
-                    ("_bias", "bias", f"{letter}3H"),
-                )
-            },
+            **fused_heads(
+                "gpt_neox.layers.{n}.attention.query_key_value", "?3H D", "?3H"
+            ),
             "attention/out": Tensor(
                 "gpt_neox.layers.{n}.attention.dense.weight", "D NH"
             ),
@@ -66,15 +58,12 @@ LAYERNORM: Mapping[str, Family] = {
             "mlp/up_bias": Tensor("gpt_neox.layers.{n}.mlp.dense_h_to_4h.bias", "F"),
             "mlp/down": Tensor("gpt_neox.layers.{n}.mlp.dense_4h_to_h.weight", "D F"),
             "mlp/down_bias": Tensor("gpt_neox.layers.{n}.mlp.dense_4h_to_h.bias", "D"),
-            **{
-                f"{ours}/{kind}": Tensor(f"gpt_neox.{theirs}.{suffix}", "D")
-                for ours, theirs in (
-                    ("attention_norm", "layers.{n}.input_layernorm"),
-                    ("mlp_norm", "layers.{n}.post_attention_layernorm"),
-                    ("final_norm", "final_layer_norm"),
-                )
-                for kind, suffix in (("scale", "weight"), ("bias", "bias"))
-            },
+            **norms(
+                "gpt_neox.",
+                attention_norm="layers.{n}.input_layernorm",
+                mlp_norm="layers.{n}.post_attention_layernorm",
+                final_norm="final_layer_norm",
+            ),
             "embedding": Tensor("gpt_neox.embed_in.weight", "V D"),
             "output": Tensor("embed_out.weight", "V D"),
         },
@@ -111,35 +100,19 @@ LAYERNORM: Mapping[str, Family] = {
             *("task_specific_params", "gradient_checkpointing"),
         ),
         tensors={
-            **{
-                f"attention/{name}{kind}": Tensor(
-                    f"transformer.h.{{n}}.attn.c_attn.{suffix}", dims, after=after
-                )
-                for name, letter, after in (
-                    ("query", "N", ""),
-                    ("key", "K", "NH"),
-                    ("value", "K", "NH KH"),
-                )
-                for kind, suffix, dims in (
-                    ("", "weight", f"D +{letter}H"),
-                    ("_bias", "bias", f"+{letter}H"),
-                )
-            },
+            **fused_heads("transformer.h.{n}.attn.c_attn", "D +?H", "+?H"),
             "attention/out": Tensor("transformer.h.{n}.attn.c_proj.weight", "NH D"),
             "attention/out_bias": Tensor("transformer.h.{n}.attn.c_proj.bias", "D"),
             "mlp/up": Tensor("transformer.h.{n}.mlp.c_fc.weight", "D F"),
             "mlp/up_bias": Tensor("transformer.h.{n}.mlp.c_fc.bias", "F"),
             "mlp/down": Tensor("transformer.h.{n}.mlp.c_proj.weight", "F D"),
             "mlp/down_bias": Tensor("transformer.h.{n}.mlp.c_proj.bias", "D"),
-            **{
-                f"{ours}/{kind}": Tensor(f"transformer.{theirs}.{suffix}", "D")
-                for ours, theirs in (
-                    ("attention_norm", "h.{n}.ln_1"),
-                    ("mlp_norm", "h.{n}.ln_2"),
-                    ("final_norm", "ln_f"),
-                )
-                for kind, suffix in (("scale", "weight"), ("bias", "bias"))
-            },
+            **norms(
+                "transformer.",
+                attention_norm="h.{n}.ln_1",
+                mlp_norm="h.{n}.ln_2",
+                final_norm="ln_f",
+            ),
             "embedding": Tensor("transformer.wte.weight", "V D"),
             "positions": Tensor("transformer.wpe.weight", "V D"),
             "output": Tensor("lm_head.weight", "V D"),
@@ -166,7 +139,7 @@ LAYERNORM: Mapping[str, Family] = {
             use_qk_norm=False,
         ),
         activations=SILU,
-        biases={"attention_bias=False": "none", "attention_bias=True": "attention"},
+        biases=ATTENTION_BIASES,
         tensors=LLAMA | NORMS_BY_HEAD,
     ),
     "cohere2": Family(
@@ -189,7 +162,7 @@ LAYERNORM: Mapping[str, Family] = {
         full_every=4,
         rotated="windows",
         activations=SILU,
-        biases={"attention_bias=False": "none", "attention_bias=True": "attention"},
+        biases=ATTENTION_BIASES,
         ignored=(
             "order_of_interleaved_layers",
             "rotary_pct",

@@ -4,6 +4,7 @@
 from collections.abc import Mapping
 
 from jaxllm.hf.table import (
+    ATTENTION_BIASES,
     BASE,
     EXPERTS,
     FLAT_NORMS,
@@ -113,7 +114,7 @@ MIXTURES: Mapping[str, Family] = {
             num_experts_per_tok=2,
         ),
         activations=SILU,
-        biases={"attention_bias=False": "none", "attention_bias=True": "attention"},
+        biases=ATTENTION_BIASES,
         tensors=LLAMA
         | {
             "mlp/router": Tensor(LAYER + "block_sparse_moe.router.layer.weight", "R D"),

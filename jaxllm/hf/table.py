@@ -144,13 +144,34 @@ def mlp(prefix: str = LAYER + "mlp.", up: str = "up_proj", down: str = "down_pro
     }
 
 
-def norms(**names: str) -> dict:
-    """Returns the norms of a block: our name -> that within the layer."""
+def norms(prefix: str = LAYER, **names: str) -> dict:
+    """Returns norms: our name -> theirs behind a prefix."""
     return {
-        f"{ours}/{kind}": Tensor(f"{LAYER}{theirs}.{suffix}", "D")
+        f"{ours}/{kind}": Tensor(f"{prefix}{theirs}.{suffix}", "D")
         for ours, theirs in names.items()
         for kind, suffix in (("scale", "weight"), ("bias", "bias"))
     }
+
+
+def fused_heads(name: str, weight: str, bias: str) -> dict:
+    """Returns query, key and value in one tensor.
+
+    Args:
+      name: of the tensor, without its end.
+      weight: its dims, such as "+?H D", with ? for the letter of the heads.
+      bias: those of the bias.
+    """
+    parts = (("query", "N", ""), ("key", "K", "NH"), ("value", "K", "NH KH"))
+    found = {}
+    for index, (part, letter, after) in enumerate(parts):
+        for kind, suffix, dims in (("", "weight", weight), ("_bias", "bias", bias)):
+            found[f"attention/{part}{kind}"] = Tensor(
+                f"{name}.{suffix}",
+                dims.replace("?", letter),
+                after=after if "+" in dims else "",
+                index=index if "3" in dims else 0,
+            )
+    return found
 
 
 def ends(norm: str = "model.norm") -> dict:
@@ -207,11 +228,19 @@ GATE_UP = {
     "mlp/up": Tensor(LAYER + "mlp.gate_up_proj.weight", "+F D", after="F"),
 }
 BASE = dict(rms_norm_eps=1e-6, tie_word_embeddings=False, rope_theta=10_000.0)
-GEMMA = dict(
-    {"variant.norm_offset": True, "rope.interleaved": False},
-)
+GEMMA = {"variant.norm_offset": True}
 GRANITE_KEYS = {
     "variant.embedding_scale": "embedding_multiplier",
     "variant.attention_scale": "attention_multiplier",
     "variant.residual_scale": "residual_multiplier",
+}
+# `bias` by the keys of the families that are written as Llama is.
+BIASES = {
+    "attention_bias=False mlp_bias=False": "none",
+    "attention_bias=True mlp_bias=False": "attention",
+    "attention_bias=True mlp_bias=True": "all",
+}
+ATTENTION_BIASES = {
+    "attention_bias=False": "none",
+    "attention_bias=True": "attention",
 }

@@ -84,7 +84,9 @@ def read_request(
         prompts=prompts,
         max_tokens=max_tokens,
         sampling=sampling,
-        ends=starts | ({end} - {None}) | frozenset(read_carried(workdir).end_tokens),
+        ends=starts
+        | frozenset(() if end is None else (end,))
+        | frozenset(read_carried(workdir).end_tokens),
     )
 
 

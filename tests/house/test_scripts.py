@@ -12,7 +12,7 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 # These do their whole work without an argument.
 NEED_NONE = {
     *("bench_step.py", "fuzz_runs.py", "longest.py", "measure_bubble.py"),
-    "settings_table.py",
+    *("damages.py", "settings_table.py"),  # the first is a module of fuzz_runs.py
     *("quickstart.sh", "slurm/install.sh", "slurm/trouble.py"),
 }
 # An arm of bench_step.py, which imports torch before all else.
