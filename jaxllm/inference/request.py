@@ -15,7 +15,8 @@ from jaxllm.errors import InputError
 from jaxllm.hf.carried import read_carried
 from jaxllm.inference.sampling import Sampling, cache_length
 from jaxllm.run.saved_model import Which, document_starts
-from jaxllm.text.tokenizers import Tokenizer
+from jaxllm.text.lost_characters import encode_and_count
+from jaxllm.text.tokenizers import BytesTokenizer, Tokenizer
 
 USUAL_TOKENS = 256  # that follow a prompt, where the caller does not say
 _log = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ def read_request(
     end = tokenizer.end_of_document
     start = end if end in starts else min(starts, default=None)
     begin = () if start is None else (start,)
-    prompts = tuple((*begin, *tokenizer.encode(text)) for text in texts)
+    prompts = tuple((*begin, *ids) for ids in _encode(tokenizer, texts))
     _check_prompts(config, prompts)
     if sampling.top_k > config.model.vocab_size:
         raise InputError(
@@ -88,6 +89,25 @@ def read_request(
         | frozenset(() if end is None else (end,))
         | frozenset(read_carried(workdir).end_tokens),
     )
+
+
+def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    if isinstance(tokenizer, BytesTokenizer):
+        return tokenizer.encode_batch(texts)
+    batch, lost = encode_and_count(tokenizer, texts)
+    if lost.vanished:
+        raise InputError(
+            f"the tokenizer of this run has no token for {lost.name_vanished()}, nor "
+            "an unknown token: a prompt would lose it. Write --prompt without it."
+        )
+    if lost.unknown:
+        _log.warning(
+            "%d of %d characters of the prompts are unknown to the tokenizer of this "
+            "run, and look the same to its model.",
+            lost.unknown,
+            lost.total,
+        )
+    return batch
 
 
 def _check_prompts(config: Config, prompts: Sequence[Sequence[int]]):

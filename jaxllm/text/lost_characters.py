@@ -35,6 +35,12 @@ class Lost:
         self.unknown += other.unknown
         self.vanished += other.vanished
 
+    def name_vanished(self) -> str:
+        """Returns the most frequent characters that have no token."""
+        return ", ".join(
+            f"{each!r} (U+{ord(each):04X})" for each, _ in self.vanished.most_common(3)
+        )
+
 
 class Losses:
     """Sums what a tokenizer loses of a text, and says it."""
@@ -66,13 +72,11 @@ class Losses:
     def _refusal(self, of_what: str) -> InputError:
         vanished = self._lost.vanished
         share = vanished.total() / self._lost.total
-        shown = ", ".join(
-            f"{each!r} (U+{ord(each):04X})" for each, _ in vanished.most_common(3)
-        )
         return InputError(
-            f"--tokenizer={self._tokenizer} has no token for {shown}, nor an unknown "
-            f"token: {share:.2%} of the characters {of_what} would vanish. Give a "
-            "tokenizer of all bytes, or allow it, as in "
+            f"--tokenizer={self._tokenizer} has no token for "
+            f"{self._lost.name_vanished()}, nor an unknown token: {share:.2%} of the "
+            f"characters {of_what} would vanish. Give a tokenizer of all bytes, or "
+            "allow it, as in "
             f"--max_lost={max(float(f'{2 * share:.1g}'), 0.0001)}."
         )
 

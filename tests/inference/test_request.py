@@ -7,13 +7,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tokenizers
+from tokenizers import models
 
 from jaxllm.checkpoint.label import DATA, json_checksum
 from jaxllm.config.saved import read_config
 from jaxllm.errors import InputError
 from jaxllm.inference import Request, Sampling, read_request
 from jaxllm.inference.request import USUAL_TOKENS
-from jaxllm.text.tokenizers import BytesTokenizer
+from jaxllm.text.tokenizers import BytesTokenizer, HFTokenizer
 
 ROW = 16  # tokens of a row in the run that is asked
 
@@ -65,6 +67,23 @@ def test_a_run_whose_documents_have_another_end_uses_that(make_run):
     run = make_run(order_version=2, data_end_of_document=[10])
     asked = ask(run, "")
     assert (asked.prompts, asked.ends) == (((10,),), {10, 256})
+
+
+def ask_with(model: models.Model, run: Path, text: str) -> Request:
+    tokenizer = HFTokenizer(tokenizers.Tokenizer(model).to_str().encode(), None)
+    config = read_config(run)
+    return read_request(run, config, "latest", tokenizer, [text], sampling=Sampling())
+
+
+def test_a_prompt_that_would_lose_a_character_is_refused(run):
+    with pytest.raises(InputError, match=r"no token for 'x' \(U\+0078\), nor an"):
+        ask_with(models.BPE({"a": 0}, []), run, "ax")
+
+
+def test_unknown_characters_of_a_prompt_are_counted(run, caplog):
+    asked = ask_with(models.BPE({"a": 0, "?": 1}, [], unk_token="?"), run, "ax")
+    assert asked.prompts[0][-2:] == (0, 1)
+    assert "1 of 2 characters of the prompts are unknown" in caplog.text
 
 
 @pytest.mark.parametrize("batches", [{"order_version": 1}, {"order_version": 2}])
