@@ -13,7 +13,7 @@
 #   hash of the job's name, and compare something of the job's own right after the start.
 set -euo pipefail
 folder=$(mktemp -d)
-trap 'kill $(jobs -p) 2> /dev/null || true; rm -rf "$folder"' EXIT
+trap 'kill -KILL $(jobs -p) 2> /dev/null || true; rm -rf "$folder"' EXIT
 "${PYTHON:-python3.12}" -m venv "$folder/venv" || exit 2
 python=$folder/venv/bin/python
 "$python" -m pip install --quiet --no-compile --disable-pip-version-check \
@@ -53,8 +53,8 @@ s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])')
   done
   echo "port $number: $(cat joined.txt)"
   grep -q "of job A is in job B" joined.txt && mixed=$((mixed + 1))
-  kill "$first" "$second" "$third" 2> /dev/null || true
-  wait
+  kill -KILL "$first" "$second" "$third" 2> /dev/null || true
+  { wait; } 2> /dev/null
 done
 [ "$mixed" -gt 0 ] || {
   echo changed
