@@ -23,12 +23,7 @@ def matrix(key: jax.Array, shape: tuple[int, ...], axes: str, std: float) -> nnx
     function behind `jax.random.normal` does not.
     """
     assert len(shape) == len(axes), (shape, axes)
-    total = jnp.zeros(shape, jnp.int32)
-    for draw in range(4):
-        bits = _random_bits(key, shape, draw)
-        total += ((bits >> 16) + (bits & 0xFFFF)).astype(jnp.int32)
-    centred = (total - 4 * 0xFFFF).astype(jnp.float32)
-    return nnx.Param(centred * (std / _SUM_STD), axes=axes)
+    return nnx.Param(_draw(key, shape) * (std / _SUM_STD), axes=axes)
 
 
 def vector(value: float, shape: tuple[int, ...], axes: str) -> nnx.Param:
@@ -247,6 +242,17 @@ def _num_parts(letter: str) -> int:
     for axis in sharding.axes_of(letter):
         num *= mesh.shape[axis]
     return num
+
+
+# Traced once for each shape: tracing it for each parameter took most of a model's time.
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Returns sums of eight random numbers, float32 and whole, around 0."""
+    total = jnp.zeros(shape, jnp.int32)
+    for draw in range(4):
+        bits = _random_bits(key, shape, draw)
+        total += ((bits >> 16) + (bits & 0xFFFF)).astype(jnp.int32)
+    return (total - 4 * 0xFFFF).astype(jnp.float32)
 
 
 def _random_bits(key: jax.Array, shape: tuple[int, ...], draw: int) -> jax.Array:
