@@ -43,13 +43,16 @@ class MoEConfig:
     balance_weight: float = 0.01  # weight of the balance loss; step size of the biases
     router_z_loss: float = 0.0  # weight of the squared log of the router's denominator
     capacity_factor: float | None = None  # expert capacity / even load; None: dropless
+    first_dense: int = 0  # leading layers that have an MLP of width d_ff, no experts
+    layers: tuple[bool, ...] = (True,)  # whether each layer has experts, cyclic
 
     def __post_init__(self):
         check_positive(self, "model.moe", "experts_per_token capacity_factor")
         check_not_negative(
             self,
             "model.moe",
-            "num_experts d_ff_expert num_shared_experts balance_weight router_z_loss",
+            "num_experts d_ff_expert num_shared_experts balance_weight router_z_loss "
+            "first_dense",
         )
         check_at_most(
             self,
@@ -61,6 +64,11 @@ class MoEConfig:
         if not self.num_experts:
             self._check_dense()
             return
+        if not any(self.layers):
+            raise InputError(
+                f"config.model.moe.layers={self.layers} gives no layer experts; use "
+                "(True,) for all layers, or config.model.moe.num_experts=0."
+            )
         if self.experts_per_token > self.num_experts:
             raise InputError(
                 f"config.model.moe.experts_per_token={self.experts_per_token} must not "
@@ -94,6 +102,7 @@ class Layer:
 
     window: int  # keys in sight; 0: all
     rotates: bool  # has RoPE
+    sparse: bool  # has experts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,14 +174,7 @@ class ModelConfig:
                 f"config.model.windows={self.windows} must have an entry, in keys; "
                 "0 is all of them; use (0,) for full attention in every layer."
             )
-        for name, entries in dict(windows=self.windows, rope=self.rope.layers).items():
-            if self.num_layers % len(entries):
-                named = name if name == "windows" else "rope.layers"
-                raise InputError(
-                    f"config.model.num_layers={self.num_layers} must be a multiple of "
-                    f"the {len(entries)} entries of config.model.{named}={entries}; "
-                    f"use {neighbours(self.num_layers, len(entries))} layers."
-                )
+        self._check_layers()
         self._check_size()
         self._check_rope()
         if self.moe.num_experts and self.bias == "all":
@@ -181,8 +183,29 @@ class ModelConfig:
                 "config.model.bias=qkv or none."
             )
 
+    def _check_layers(self):
+        first = self.moe.first_dense
+        if first >= self.num_layers:
+            raise InputError(
+                f"config.model.moe.first_dense={first} leaves none of "
+                f"config.model.num_layers={self.num_layers} with experts; use at most "
+                f"{self.num_layers - 1}, or config.model.moe.num_experts=0."
+            )
+        behind = f" less config.model.moe.first_dense={first}" if first else ""
+        number = self.num_layers - first
+        for name, entries in self._cycles.items():
+            if number % len(entries):
+                counts = neighbours(number, len(entries)).split(" or ")
+                fits = " or ".join(str(int(count) + first) for count in counts)
+                raise InputError(
+                    f"config.model.num_layers={self.num_layers}{behind} must be a "
+                    f"multiple of the {len(entries)} entries of "
+                    f"config.model.{name}={entries}; use {fits} layers."
+                )
+
     def _check_size(self):
-        unrolled = len(self.period) if self.scan_layers else self.num_layers
+        repeated = len(self.period) if self.scan_layers else self.num_layers
+        unrolled = repeated + (len(self.leading) if self.scan_layers else 0)
         if unrolled > MAX_UNROLLED:
             raise InputError(
                 f"config.model.num_layers={self.num_layers} with "
@@ -224,13 +247,39 @@ class ModelConfig:
                 )
 
     @property
-    def period(self) -> tuple[Layer, ...]:
-        """The layers up to where their kinds begin again."""
-        windows, rotates = self.windows, self.rope.layers
-        return tuple(
-            Layer(windows[i % len(windows)], rotates[i % len(rotates)])
-            for i in range(math.lcm(len(windows), len(rotates)))
+    def _cycles(self) -> dict[str, tuple]:
+        """What differs from layer to layer, by the name of its setting."""
+        return {
+            "windows": self.windows,
+            "rope.layers": self.rope.layers,
+            "moe.layers": self.moe.layers,
+        }
+
+    def layer(self, number: int) -> Layer:
+        """Returns the kind of a layer, of which the first has the number 0."""
+        window, rotates, sparse = (
+            entries[number % len(entries)] for entries in self._cycles.values()
         )
+        has_experts = self.moe.num_experts > 0 and number >= self.moe.first_dense
+        return Layer(window, rotates, sparse and has_experts)
+
+    @property
+    def leading(self) -> tuple[Layer, ...]:
+        """The layers in front of those whose kinds repeat."""
+        return tuple(self.layer(number) for number in range(self.moe.first_dense))
+
+    @property
+    def period(self) -> tuple[Layer, ...]:
+        """The layers behind the leading ones, up to where their kinds begin again."""
+        size = math.lcm(*map(len, self._cycles.values()))
+        first = self.moe.first_dense
+        return tuple(self.layer(number) for number in range(first, first + size))
+
+    @property
+    def num_sparse_layers(self) -> int:
+        """How many layers have experts."""
+        repeats = (self.num_layers - self.moe.first_dense) // len(self.period)
+        return repeats * sum(layer.sparse for layer in self.period)
 
     @property
     def d_ff_expert(self) -> int:

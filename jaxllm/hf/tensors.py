@@ -81,6 +81,9 @@ def pieces(model: Model, family: Family, path: str) -> Iterator[Piece]:
     letters, shape = model.letters[path], _shape_of(model, path)
     sizes = _all_sizes(model.config) | dict(zip(letters, shape, strict=True))
     name, layers = _layers(model.config, path)
+    apart = name.replace("mlp/", "dense/", 1)
+    if apart in family.tensors and not model.config.layer(layers[0]).sparse:
+        name = apart
     tensor = family.tensors[name]
     inner = (
         letters.removeprefix("L") if len(layers) > 1 or letters[0] == "L" else letters
@@ -105,12 +108,15 @@ def pieces(model: Model, family: Family, path: str) -> Iterator[Piece]:
 
 def _layers(config: ModelConfig, path: str) -> tuple[str, range]:
     """Returns a path without its block, and the numbers of the layers that it is of."""
-    if not path.startswith("blocks/"):
+    part, *rest = path.split("/", 2)
+    if part not in ("leading", "blocks"):
         return path, range(1)
-    _, block, name = path.split("/", 2)
-    if config.scan_layers:
-        return name, range(int(block), config.num_layers, len(config.period))
-    return name, range(int(block), int(block) + 1)
+    number, name = int(rest[0]), rest[1]
+    if part == "blocks":
+        number += len(config.leading)
+        if config.scan_layers:
+            return name, range(number, config.num_layers, len(config.period))
+    return name, range(number, number + 1)
 
 
 def _starts(tensor: Tensor, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -122,7 +128,7 @@ def _file_shape(
     tensor: Tensor, family: Family, sizes: Mapping[str, int]
 ) -> tuple[int, ...]:
     """Returns the shape of a tensor with all the parameters that it has."""
-    shared = [other for other in family.tensors.values() if other.name == tensor.name]
+    shared = {other for other in family.tensors.values() if other.name == tensor.name}
     return tuple(
         sum(
             _product(other.dims.split()[place].replace("+", ""), sizes)

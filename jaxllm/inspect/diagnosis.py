@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm.config import ModelConfig
 from jaxllm.step import Batch, Setup, forward, gradients, in_zigzag
 from jaxllm.step.loss import row_losses
 
@@ -89,9 +90,8 @@ def _stream(setup: Setup, params: Any, batch: Batch, depth: jax.Array) -> jax.Ar
     """
     leaves, tree = jax.tree.flatten(params)
     rows = setup.plan.rows
-    period = len(setup.config.model.period)
     kept = [
-        _below(depth, leaf, row.path, row.letters, period)
+        _below(depth, leaf, row.path, row.letters, setup.config.model)
         for leaf, row in zip(leaves, rows, strict=True)
     ]
     model = setup.model.bind(jax.tree.unflatten(tree, kept))
@@ -99,13 +99,17 @@ def _stream(setup: Setup, params: Any, batch: Batch, depth: jax.Array) -> jax.Ar
     return jnp.sqrt(jnp.square(x_BTD.astype(jnp.float32)).mean())
 
 
-def _below(depth: jax.Array, leaf: jax.Array, path: str, letters: str, period: int):
+def _below(
+    depth: jax.Array, leaf: jax.Array, path: str, letters: str, model: ModelConfig
+):
     """Returns a parameter with 0 in the layers from `depth` on."""
-    if not path.startswith("blocks/"):
+    part, *rest = path.split("/")
+    if part not in ("leading", "blocks"):
         return leaf
-    layer = jnp.int32(path.split("/")[1])
+    before = len(model.leading) if part == "blocks" else 0
+    layer = jnp.int32(rest[0]) + before
     if letters.startswith("L"):  # the n-th of these blocks is in the n-th period
-        layer += period * jnp.arange(leaf.shape[0], dtype=jnp.int32)
+        layer += len(model.period) * jnp.arange(leaf.shape[0], dtype=jnp.int32)
         layer = layer.reshape(-1, *[1] * (leaf.ndim - 1))
     return jnp.where(layer < depth, leaf, jnp.zeros_like(leaf))
 

@@ -118,6 +118,12 @@ def schedule_stages(
             f"config.model.scan_layers=False leaves no L (layers) for {where} to "
             "cut; use config.model.scan_layers=True, or stage=1."
         )
+    if leading := len(model.leading):
+        raise ShardingError(
+            f"config.model.moe.first_dense={leading} puts layers in front of those "
+            f"that {where} cuts, and no stage has them; use stage=1, with expert, "
+            "fsdp or tensor instead."
+        )
     groups, period = num_stages * num_rounds, len(model.period)
     periods = model.num_layers // period
     if periods % groups:

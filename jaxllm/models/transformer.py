@@ -3,6 +3,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,10 @@ from jaxllm.models.parameters import embed, matrix, stack
 from jaxllm.models.pipeline import run_stages
 from jaxllm.models.pipeline_schedule import Schedule
 
-Caches = dict[str, Cache]  # by block of a period; stacked over periods by a scan
+# By block of a period; stacked over periods by a scan. Those of leading layers are
+# under LEADING, by layer.
+Caches = dict[str, Any]
+LEADING = "leading"
 
 # What each policy keeps of a block's forward pass; the rest is recomputed.
 SAVED_NAMES = {
@@ -56,7 +60,7 @@ class Block(nnx.Module):
         self.attention = Attention(config, kernels, layer, attention_key)
         if before and variant.parallel != "one_norm":
             self.mlp_norm = Norm(config, kernels)
-        if config.moe.num_experts:
+        if layer.sparse:
             self.mlp = MoE(config, kernels, mlp_key)
         else:
             self.mlp = MLP(config, mlp_key)
@@ -121,7 +125,10 @@ class Period(nnx.Module):
             setattr(self, name, Block(config, kernels, layer, key))
 
     def __call__(self, x_BTD, positions_BT, segments_BT, is_token_BT, cache):
-        """Returns x after every block, each block's cache by its name, mean stats."""
+        """Returns x after every block, each block's cache by its name, mean stats.
+
+        The mean is over the blocks with experts.
+        """
         caches, stats = {}, []
         for name in self.names:
             x_BTD, caches[name], of_block = getattr(self, name)(
@@ -131,8 +138,11 @@ class Period(nnx.Module):
                 is_token_BT,
                 None if cache is None else cache[name],
             )
-            stats.append(of_block)
-        mean = jax.tree.map(lambda *values: sum(values) / len(values), *stats)
+            if of_block:
+                stats.append(of_block)
+        mean = {}
+        if stats:
+            mean = jax.tree.map(lambda *values: sum(values) / len(values), *stats)
         return x_BTD, (None if cache is None else caches, mean)
 
 
@@ -145,7 +155,10 @@ class Transformer(nnx.Module):
         v, d = config.vocab_size, config.d_model
         self.embedding = matrix(embed_key, (v, d), "VD", 0.02)
         keys = jax.random.split(blocks_key, config.num_layers)
-        repeats = config.num_layers // len(config.period)
+        if config.leading:
+            first, keys = keys[: len(config.leading)], keys[len(config.leading) :]
+            self.leading = Period(config, kernels, config.leading, first)
+        repeats = len(keys) // len(config.period)
         if config.scan_layers:
             make = functools.partial(Period, config, kernels, config.period)
             self.blocks = stack(make, keys.reshape(repeats, -1))
@@ -257,12 +270,23 @@ class Transformer(nnx.Module):
                 f"mesh {axes[0]}={size} cuts L (layers), and there is no schedule of "
                 "them; give `run` that of `schedule_stages`, or use a mesh of stage=1."
             )
-        run_period = _with_remat(run_period, self.config)
-        if not self.config.scan_layers:
+        scanned, leading = self.config.scan_layers, {}
+        if self.config.leading:
+            run = _with_remat(run_period, self.config, scanned=False)
+            if cache is not None:
+                cache = dict(cache)
+                leading = {LEADING: cache.pop(LEADING)}
+            x_BTD, (first, _) = run(x_BTD, (self.leading, leading.get(LEADING)))
+            leading = {LEADING: first}
+        run_period = _with_remat(run_period, self.config, scanned)
+        if scanned:
+            x_BTD, (cache, stats) = jax.lax.scan(
+                run_period, x_BTD, (self.blocks, cache)
+            )
+            stats = jax.tree.map(jnp.mean, stats)
+        else:
             x_BTD, (cache, stats) = run_period(x_BTD, (self.blocks, cache))
-            return x_BTD, cache, stats
-        x_BTD, (cache, stats) = jax.lax.scan(run_period, x_BTD, (self.blocks, cache))
-        return x_BTD, cache, jax.tree.map(jnp.mean, stats)
+        return x_BTD, cache and {**leading, **cache}, stats
 
     def _run_stages(self, schedule, x_BTD, where):
         def run_period(period, x_BTD, where):
@@ -270,7 +294,8 @@ class Transformer(nnx.Module):
             return x_BTD, stats
 
         none = self.config.remat == "none"
-        remat = None if none else functools.partial(_with_remat, config=self.config)
+        remat = functools.partial(_with_remat, config=self.config, scanned=True)
+        remat = None if none else remat
         return run_stages(schedule, run_period, remat, self.blocks, x_BTD, where)
 
 
@@ -288,28 +313,33 @@ def make_cache(config: ModelConfig, batch: int, length: int) -> Caches:
                 f"a KV cache takes {named}, which mesh {axis}={size} cuts; generate on "
                 f"a mesh of {axis}=1, with tensor or fsdp instead."
             )
-    period = len(config.period)
-    repeats = config.num_layers // period
+    num_leading, num_blocks = len(config.leading), len(config.period)
+    repeats = (config.num_layers - num_leading) // num_blocks
     shape = (batch, length, config.num_kv_heads, config.head_dim)
-    letters = "BSKH"
-    if config.scan_layers:
-        shape, letters, names = (repeats, *shape), "LBSKH", range(period)
-    else:
-        names = range(config.num_layers)
 
-    def zeros():
+    def zeros(shape, letters):
         empty = jnp.zeros(shape, jnp.dtype(config.dtype))
         return sharding.constrain(empty, letters)
 
-    return {str(i): {"key": zeros(), "value": zeros()} for i in names}
+    def caches(number, shape, letters):
+        names = map(str, range(number))
+        return {
+            name: {"key": zeros(shape, letters), "value": zeros(shape, letters)}
+            for name in names
+        }
+
+    leading = {LEADING: caches(num_leading, shape, "BSKH")} if num_leading else {}
+    if config.scan_layers:
+        return {**leading, **caches(num_blocks, (repeats, *shape), "LBSKH")}
+    return {**leading, **caches(repeats * num_blocks, shape, "BSKH")}
 
 
-def _with_remat(run: Callable, config: ModelConfig) -> Callable:
+def _with_remat(run: Callable, config: ModelConfig, scanned: bool) -> Callable:
     if config.remat == "none":
         return run
     names = SAVED_NAMES[config.remat]
     return jax.checkpoint(
         run,
-        prevent_cse=not config.scan_layers,
+        prevent_cse=not scanned,
         policy=jax.checkpoint_policies.save_only_these_names(*names),
     )

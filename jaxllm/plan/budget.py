@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model costs: parameters, FLOPs a token, and how much of a GPU they use."""
 
+import collections
 from collections.abc import Mapping
 
 from jaxllm.config import ModelConfig
@@ -45,15 +46,19 @@ def num_parameters(model: ModelConfig) -> int:
     variant = model.variant
     tables += variant.positions * model.d_model
     norm, num_norms = _norm(model), 1 + variant.embedding_norm
-    return tables + model.num_layers * _layer(model) + num_norms * norm
+    sparse = model.num_sparse_layers
+    layers = sparse * _layer(model, sparse=True)
+    layers += (model.num_layers - sparse) * _layer(model, sparse=False)
+    return tables + layers + num_norms * norm
 
 
-def _layer(model: ModelConfig) -> int:
+def _layer(model: ModelConfig, *, sparse: bool) -> int:
     variant, moe = model.variant, model.moe
     heads = model.num_heads * model.head_dim
     kv_heads = model.num_kv_heads * model.head_dim
-    layer = _layer_matrices(model, moe.num_experts) + _num_norms(model) * _norm(model)
-    if moe.balance == "bias":
+    layer = _matrices(model, moe.num_experts if sparse else 0)
+    layer += _num_norms(model) * _norm(model)
+    if sparse and moe.balance == "bias":
         layer += moe.num_experts
     if model.qk_norm and variant.qk_norm != "rotated":
         flat = variant.qk_norm in ("flat", "layernorm")
@@ -83,7 +88,8 @@ def num_active_parameters(model: ModelConfig) -> int:
     """Returns the same without the experts that a token is not sent to."""
     moe = model.moe
     idle = moe.num_experts - moe.experts_per_token if moe.num_experts else 0
-    return num_parameters(model) - model.num_layers * idle * _expert(model)
+    idle *= model.num_sparse_layers
+    return num_parameters(model) - idle * _mlp(model, model.d_ff_expert)
 
 
 def num_matmul_parameters(model: ModelConfig) -> int:
@@ -93,8 +99,10 @@ def num_matmul_parameters(model: ModelConfig) -> int:
     Of the experts, those that a token is sent to.
     """
     output = model.vocab_size * model.d_model
-    layer = _layer_matrices(model, model.moe.experts_per_token)
-    return model.num_layers * layer + output
+    sparse = model.num_sparse_layers
+    layers = sparse * _matrices(model, model.moe.experts_per_token)
+    layers += (model.num_layers - sparse) * _matrices(model, 0)
+    return layers + output
 
 
 def flops_per_token(
@@ -114,10 +122,10 @@ def flops_per_token(
         pairs and masks them does.
     """
     flops = 6.0 * num_matmul_parameters(model)
-    layers_per_window = model.num_layers // len(model.windows)
-    for window in model.windows:
+    layers = map(model.layer, range(model.num_layers))
+    for window, number in collections.Counter(each.window for each in layers).items():
         keys = mean_keys(sequence_length, window) if causal else sequence_length
-        flops += layers_per_window * 12 * model.num_heads * model.head_dim * keys
+        flops += number * 12 * model.num_heads * model.head_dim * keys
     return flops
 
 
@@ -172,18 +180,19 @@ def mfu(
     return flops_per_token(model, sequence_length) * tokens_per_s / (peak * num_devices)
 
 
-def _layer_matrices(model: ModelConfig, num_experts: int) -> int:
+def _matrices(model: ModelConfig, num_experts: int) -> int:
+    """Returns those of a layer with so many experts; 0: a dense one."""
     heads = 2 * model.num_heads + 2 * model.num_kv_heads  # query, out; key, value
     attention = model.d_model * model.head_dim * heads
-    if not model.moe.num_experts:
-        return attention + _expert(model)
+    if not num_experts:
+        return attention + _mlp(model, model.d_ff)
     router = model.d_model * model.moe.num_experts
     mlps = num_experts + model.moe.num_shared_experts
-    return attention + router + mlps * _expert(model)
+    return attention + router + mlps * _mlp(model, model.d_ff_expert)
 
 
-def _expert(model: ModelConfig) -> int:
-    return (_mlp_inputs(model) + 1) * model.d_model * model.d_ff_expert
+def _mlp(model: ModelConfig, width: int) -> int:
+    return (_mlp_inputs(model) + 1) * model.d_model * width
 
 
 def _mlp_inputs(model: ModelConfig) -> int:

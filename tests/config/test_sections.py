@@ -210,6 +210,25 @@ def test_settings_of_experts_without_experts_are_refused():
         override(CONFIG, {"model.moe.d_ff_expert": 64})
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"first_dense": 4}, "first_dense=4 leaves none of config.model.num_layers=4"),
+        ({"layers": (False,)}, "gives no layer experts"),
+        (
+            {"first_dense": 1, "layers": (True, False)},
+            "num_layers=4 less config.model.moe.first_dense=1 must be a multiple of "
+            "the 2 entries of config.model.moe.layers=(True, False); use 3 or 5",
+        ),
+    ],
+)
+def test_layers_with_experts_that_cannot_be_are_refused(changes, said):
+    moe = {f"model.moe.{name}": value for name, value in changes.items()}
+    settings = {"model.num_layers": 4, "model.moe.num_experts": 8, **moe}
+    with pytest.raises(InputError, match=re.escape(said)):
+        override(CONFIG, settings)
+
+
 def test_a_section_in_a_section_is_changed_together_with_it():
     changes = {"model.moe.num_experts": 4, "model.d_ff": 64, "steps": 7}
     config = override(CONFIG, changes)

@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 
-from jaxllm.config import ModelConfig
+from jaxllm.config import ModelConfig, MoEConfig
 from jaxllm.models.pipeline_schedule import Schedule, schedule_stages
 from sharding import ShardingError
 
@@ -111,6 +111,9 @@ def test_moves_bring_each_stored_group_to_its_stage_and_round(schedule):
     assert arrived == {(g % stages, g // stages): g for g in range(stages * rounds)}
 
 
+LEADING = MoEConfig(num_experts=4, first_dense=2)
+
+
 @pytest.mark.parametrize(
     ("stages", "rounds", "microbatches", "changes", "said"),
     [
@@ -120,6 +123,7 @@ def test_moves_bring_each_stored_group_to_its_stage_and_round(schedule):
         (4, 1, 2, {}, r"M \(microbatches\) is less .* stage=4.* use 4 or more"),
         (4, 3, 6, {}, r"M \(microbatches\) .*multiple of mesh stage=4.*use 4 or 8"),
         (2, 1, 8, dict(scan_layers=False), "leaves no L"),
+        (2, 1, 8, dict(moe=LEADING), r"first_dense=2 puts layers in front .* stage=2"),
     ],
 )
 def test_layers_and_microbatches_that_do_not_fit_are_refused(

@@ -58,6 +58,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
             balance="bias",
         ),
     ),
+    "a dense layer, then experts in every second": dict(
+        num_layers=5,
+        windows=(0, 3),
+        moe=MoEConfig(
+            num_experts=4,
+            experts_per_token=2,
+            d_ff_expert=8,
+            first_dense=1,
+            layers=(False, True),
+        ),
+    ),
 }
 every_option = pytest.mark.parametrize("option", OPTIONS)
 
@@ -183,16 +194,19 @@ def test_decoding_with_a_cache_gives_the_logits_of_a_full_forward(option):
 
 def unstacked(stacked: Any, config: ModelConfig) -> Any:
     """Rearranges the parameters of a scanned model for the unrolled one."""
-    period = len(config.windows)
+    period = len(config.period)
     blocks = {
         str(repeat * period + int(name)): jax.tree.map(lambda p, r=repeat: p[r], block)
         for name, block in stacked["blocks"].items()
-        for repeat in range(config.num_layers // period)
+        for repeat in range((config.num_layers - len(config.leading)) // period)
     }
     return {**stacked, "blocks": blocks}
 
 
-@pytest.mark.parametrize("option", ["plain", "windows"])
+DEPTHS = "a dense layer, then experts in every second"
+
+
+@pytest.mark.parametrize("option", ["plain", "windows", DEPTHS])
 def test_scanned_and_unrolled_layers_are_the_same_model(option):
     model, params = built(option)
     unrolled = Model(dataclasses.replace(model.config, scan_layers=False))
@@ -262,6 +276,19 @@ def test_remat_keeps_less_for_the_backward_pass():
 
     kept = {remat: bytes_kept(remat) for remat in ("none", "dots", "full")}
     assert kept["full"] < kept["dots"] < kept["none"]
+
+
+def test_leading_layers_are_recomputed_too():
+    options = OPTIONS[DEPTHS] | dict(remat="full")
+    model = Model(dataclasses.replace(BASE, **options))
+
+    def total(params, tokens_BT):
+        return model.bind(params)(tokens_BT, tokens_BT)[0].sum()
+
+    ints = jax.ShapeDtypeStruct((B, T), jnp.int32)
+    traced = jax.make_jaxpr(total)(model.abstract, ints)
+    kept = [e.params["prevent_cse"] for e in traced.eqns if "prevent_cse" in e.params]
+    assert kept == [True]  # outside of a scan XLA would merge both passes again
 
 
 def test_the_first_loss_is_near_that_of_a_uniform_guess():
