@@ -45,14 +45,26 @@ class MoEConfig:
     capacity_factor: float | None = None  # expert capacity / even load; None: dropless
     first_dense: int = 0  # leading layers that have an MLP of width d_ff, no experts
     layers: tuple[bool, ...] = (True,)  # whether each layer has experts, cyclic
+    d_ff_shared: int = 0  # hidden width of a shared expert; 0: that of an expert
+    shared_gate: bool = False  # multiply shared experts by a sigmoid gate of the token
+    route_scale: float = 1.0  # multiplies the scores of a token's experts
+    groups: int = 1  # groups of experts, some of which each token chooses from
+    groups_per_token: int = 1  # groups with the best experts, for each token
+    group_best: int = 2  # experts of a group whose scores, added up, rank it
+    choice_bias: bool = False  # bias of scores for the choice, from a file, not trained
 
     def __post_init__(self):
-        check_positive(self, "model.moe", "experts_per_token capacity_factor")
+        check_positive(
+            self,
+            "model.moe",
+            "experts_per_token capacity_factor route_scale groups groups_per_token "
+            "group_best",
+        )
         check_not_negative(
             self,
             "model.moe",
             "num_experts d_ff_expert num_shared_experts balance_weight router_z_loss "
-            "first_dense",
+            "first_dense d_ff_shared",
         )
         check_at_most(
             self,
@@ -60,6 +72,7 @@ class MoEConfig:
             num_experts=MAX_COUNT,
             num_shared_experts=MAX_COUNT,
             d_ff_expert=MAX_WIDTH,
+            d_ff_shared=MAX_WIDTH,
         )
         if not self.num_experts:
             self._check_dense()
@@ -85,6 +98,45 @@ class MoEConfig:
                 f"config.model.moe.router_z_loss={self.router_z_loss} needs the "
                 "denominator of a softmax; use config.model.moe.router=softmax or 0."
             )
+
+        for name in ("d_ff_shared", "shared_gate"):
+            if (value := getattr(self, name)) and not self.num_shared_experts:
+                raise InputError(
+                    f"config.model.moe.{name}={value} needs shared experts, but "
+                    "config.model.moe.num_shared_experts=0; set it."
+                )
+        if self.groups > 1:
+            self._check_groups()
+
+    def _check_groups(self):
+        if self.num_experts % self.groups:
+            raise InputError(
+                f"config.model.moe.groups={self.groups} must divide "
+                f"config.model.moe.num_experts={self.num_experts}; use one of "
+                f"{divisors(self.num_experts)}."
+            )
+        size = self.num_experts // self.groups
+        if self.group_best > size:
+            raise InputError(
+                f"config.model.moe.group_best={self.group_best} must not be above the "
+                f"{size} experts of a group."
+            )
+        if self.groups_per_token > self.groups:
+            raise InputError(
+                f"config.model.moe.groups_per_token={self.groups_per_token} must not "
+                f"be above config.model.moe.groups={self.groups}."
+            )
+        if self.experts_per_token > self.groups_per_token * size:
+            raise InputError(
+                f"config.model.moe.experts_per_token={self.experts_per_token} must not "
+                f"be above the {self.groups_per_token * size} experts of "
+                f"config.model.moe.groups_per_token={self.groups_per_token}."
+            )
+
+    @property
+    def has_choice_bias(self) -> bool:
+        """Whether routers have biases for the choice of experts, trained or not."""
+        return self.choice_bias or self.balance == "bias"
 
     def _check_dense(self):
         for field in dataclasses.fields(self):
@@ -220,8 +272,8 @@ class ModelConfig:
             "num_heads * head_dim": self.num_heads * self.head_dim,
             "d_ff": self.d_ff,
             "num_experts * d_ff_expert": moe.num_experts * self.d_ff_expert,
-            "num_shared_experts * d_ff_expert": (
-                moe.num_shared_experts * self.d_ff_expert
+            "num_shared_experts * d_ff_shared": (
+                moe.num_shared_experts * self.d_ff_shared
             ),
         }
         for names, size in columns.items():
@@ -285,3 +337,8 @@ class ModelConfig:
     def d_ff_expert(self) -> int:
         """The hidden width of an expert."""
         return self.moe.d_ff_expert or self.d_ff
+
+    @property
+    def d_ff_shared(self) -> int:
+        """The hidden width of a shared expert."""
+        return self.moe.d_ff_shared or self.d_ff_expert

@@ -33,9 +33,9 @@ ACTIVATIONS = {
 class MLP(nnx.Module):
     """A gated layer (Shazeer, arXiv:2002.05202) or a plain one, by `config.mlp`."""
 
-    def __init__(self, config: ModelConfig, key: jax.Array):
+    def __init__(self, config: ModelConfig, key: jax.Array, width: int | None = None):
         self.config = config
-        d, f = config.d_model, config.d_ff
+        d, f = config.d_model, width or config.d_ff
         keys = jax.random.split(key, 3)
         self.up = matrix(keys[0], (d, f), "DF", d**-0.5)
         if config.mlp not in PLAIN_MLPS:

@@ -58,7 +58,7 @@ def _layer(model: ModelConfig, *, sparse: bool) -> int:
     kv_heads = model.num_kv_heads * model.head_dim
     layer = _matrices(model, moe.num_experts if sparse else 0)
     layer += _num_norms(model) * _norm(model)
-    if sparse and moe.balance == "bias":
+    if sparse and moe.has_choice_bias:
         layer += moe.num_experts
     if model.qk_norm and variant.qk_norm != "rotated":
         flat = variant.qk_norm in ("flat", "layernorm")
@@ -187,8 +187,10 @@ def _matrices(model: ModelConfig, num_experts: int) -> int:
     if not num_experts:
         return attention + _mlp(model, model.d_ff)
     router = model.d_model * model.moe.num_experts
-    mlps = num_experts + model.moe.num_shared_experts
-    return attention + router + mlps * _mlp(model, model.d_ff_expert)
+    experts = num_experts * _mlp(model, model.d_ff_expert)
+    shared = model.moe.num_shared_experts * _mlp(model, model.d_ff_shared)
+    shared += model.d_model * model.moe.shared_gate
+    return attention + router + experts + shared
 
 
 def _mlp(model: ModelConfig, width: int) -> int:

@@ -220,9 +220,14 @@ def test_settings_of_experts_without_experts_are_refused():
             "num_layers=4 less config.model.moe.first_dense=1 must be a multiple of "
             "the 2 entries of config.model.moe.layers=(True, False); use 3 or 5",
         ),
+        ({"shared_gate": True}, "shared_gate=True needs shared experts"),
+        ({"groups": 3}, "groups=3 must divide config.model.moe.num_experts=8"),
+        ({"groups": 4, "group_best": 3}, "group_best=3 must not be above the 2"),
+        ({"groups": 4, "groups_per_token": 5}, "groups_per_token=5 must not be above"),
+        ({"groups": 4, "experts_per_token": 3}, "must not be above the 2 experts of"),
     ],
 )
-def test_layers_with_experts_that_cannot_be_are_refused(changes, said):
+def test_mixtures_that_cannot_be_are_refused(changes, said):
     moe = {f"model.moe.{name}": value for name, value in changes.items()}
     settings = {"model.num_layers": 4, "model.moe.num_experts": 8, **moe}
     with pytest.raises(InputError, match=re.escape(said)):

@@ -193,6 +193,41 @@ def test_a_bias_changes_the_choice_and_no_share():
     np.testing.assert_allclose(routes.share_BTA, expected, rtol=4 * EPS)
 
 
+@pytest.mark.parametrize("group_best", [1, 2])
+def test_a_token_has_experts_of_its_best_group_alone(group_best):
+    logits = draw_logits()
+    options = config(router="sigmoid", groups=3, group_best=group_best)
+    bias = np.linspace(-0.3, 0.3, E, dtype=np.float32)[::-1]
+    routes, _ = routed(logits, EVERY, options, None, bias)
+    rank = 1 / (1 + np.exp(-logits)) + bias
+    groups = rank.reshape(B, T, 3, 2)
+    best = np.sort(groups, -1)[..., -group_best:].sum(-1)
+    is_best = best == best.max(-1, keepdims=True)
+    groups = np.where(is_best[..., None], groups, -np.inf)
+    expected = np.argsort(-groups.reshape(rank.shape), -1)[..., :2]
+    np.testing.assert_array_equal(routes.choice_BTA, expected)
+    free, _ = routed(logits, EVERY, config(router="sigmoid"), None, bias)
+    assert np.any(np.asarray(free.choice_BTA) != expected)
+
+
+def test_a_scale_multiplies_every_share():
+    logits = draw_logits()
+    plain, _ = routed(logits, EVERY, config(renormalize=True))
+    scaled, _ = routed(logits, EVERY, config(renormalize=True, route_scale=2.5))
+    expected = np.asarray(plain.share_BTA) * np.float32(2.5)
+    np.testing.assert_array_equal(scaled.share_BTA, expected)
+
+
+def test_a_constant_bias_has_no_gradient():
+    options = config(choice_bias=True, balance="loss")
+
+    def total(bias):
+        routes, stats = routed(draw_logits(), EVERY, options, None, bias)
+        return routes.share_BTA.sum() + stats["penalty"]
+
+    np.testing.assert_array_equal(jax.grad(total)(jnp.arange(E) / E), np.zeros(E))
+
+
 def test_the_gradient_of_a_bias_is_how_far_its_load_is_above_the_mean():
     logits = draw_logits()
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The feed-forward sublayer of routed experts."""
 
-import dataclasses
 import math
 
 import jax
@@ -10,7 +9,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 import sharding
-from jaxllm.config import KernelsConfig, ModelConfig, MoEConfig
+from jaxllm.config import KernelsConfig, ModelConfig
 from jaxllm.config.model import PLAIN_MLPS
 from jaxllm.models.mlp import MLP
 from jaxllm.models.moe.experts import Experts, run_experts
@@ -31,7 +30,7 @@ class MoE(nnx.Module):
         e, d, f = moe.num_experts, config.d_model, config.d_ff_expert
         keys = jax.random.split(key, 5)
         self.router = matrix(keys[0], (d, e), "DR", 0.02)
-        if moe.balance == "bias":
+        if moe.has_choice_bias:
             self.router_bias = vector(0.0, (e,), "R")
         self.up = matrix(keys[1], (e, d, f), "EDF", d**-0.5)
         if config.mlp not in PLAIN_MLPS:
@@ -39,9 +38,11 @@ class MoE(nnx.Module):
         std = f**-0.5 * (2 * config.num_layers) ** -0.5
         self.down = matrix(keys[3], (e, f, d), "EFD", std)
         if moe.num_shared_experts:
-            width = moe.num_shared_experts * f  # as one: they all have every token
-            dense = dataclasses.replace(config, d_ff=width, moe=MoEConfig())
-            self.shared = MLP(dense, keys[4])
+            # As one: they all have every token.
+            width = moe.num_shared_experts * config.d_ff_shared
+            self.shared = MLP(config, keys[4], width)
+        if moe.shared_gate:
+            self.shared_gate = matrix(jax.random.fold_in(key, 1), (d,), "D", 0.02)
 
     def __call__(
         self, x_BTD: jax.Array, is_token_BT: jax.Array, *, drop: bool
@@ -56,7 +57,7 @@ class MoE(nnx.Module):
         moe = self.config.moe
         whole_BTD = sharding.constrain(x_BTD, "BTD")
         capacity = self._capacity(x_BTD.shape[1]) if drop else None
-        bias_R = self.router_bias[...] if moe.balance == "bias" else None
+        bias_R = self.router_bias[...] if moe.has_choice_bias else None
         with jax.named_scope("router"):
             logits_BTR = self._logits(whole_BTD)
             routes, stats = route(logits_BTR, bias_R, is_token_BT, moe, capacity)
@@ -76,8 +77,18 @@ class MoE(nnx.Module):
             out_BTD = sharding.place_like(out_BTD, x_BTD)
         if moe.num_shared_experts:
             with jax.named_scope("shared_experts"):
-                out_BTD = out_BTD + self.shared(x_BTD)
+                out_BTD = out_BTD + self._shared(x_BTD)
         return checkpoint_name(out_BTD, "mlp_out"), stats
+
+    def _shared(self, x_BTD):
+        out_BTD = self.shared(x_BTD)
+        if not self.config.moe.shared_gate:
+            return out_BTD
+        gate_D = sharding.gather(self.shared_gate[...], "D", jnp.float32)
+        gate_BT = jax.nn.sigmoid(
+            (x_BTD.astype(jnp.float32) * gate_D[None, None]).sum(-1)
+        )
+        return (out_BTD * gate_BT[:, :, None]).astype(out_BTD.dtype)
 
     def _logits(self, x_BTD):
         router_DR = sharding.gather(self.router[...], "DR", jnp.float32)

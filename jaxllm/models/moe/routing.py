@@ -38,8 +38,9 @@ def route(
     Args:
       logits_BTR: float32.
       bias_R: added to the scores for the choice alone: Wang et al., "Auxiliary-Loss-
-        Free Load Balancing" (arXiv:2408.15664). Its gradient is not one of the loss: it
-        is how much the load of each expert is above their mean.
+        Free Load Balancing" (arXiv:2408.15664). With `balance="bias"` its gradient is
+        not one of the loss: it is how much the load of each expert is above their mean.
+        Otherwise it has none, and no update changes it.
       is_token_BT: false for padding, which has no experts and counts nowhere.
       config: the settings.
       capacity: tokens of a row that an expert takes; for the statistics.
@@ -56,17 +57,21 @@ def route(
     log_BTR = logits_BTR if is_softmax else jax.nn.log_sigmoid(logits_BTR)
     part_BTR = jax.nn.softmax(log_BTR)
     scores_BTR = part_BTR if is_softmax else jax.nn.sigmoid(logits_BTR)
-    rank_BTR = logits_BTR if bias_R is None else scores_BTR + bias_R[None, None]
-    choice_BTA = _choose(rank_BTR, config.experts_per_token)
+    rank_BTR = scores_BTR if config.groups > 1 else logits_BTR
+    if bias_R is not None:
+        rank_BTR = scores_BTR + bias_R[None, None]
+    choice_BTA = _choose(rank_BTR, config)
     if config.renormalize:
         share_BTA = jax.nn.softmax(_read(log_BTR, choice_BTA))
     else:
         share_BTA = _read(scores_BTR, choice_BTA)
+    if config.route_scale != 1.0:
+        share_BTA = share_BTA * config.route_scale
     is_token_BT1 = is_token_BT[:, :, None]
     choice_BTA = jnp.where(is_token_BT1, choice_BTA, config.num_experts)
     share_BTA = jnp.where(is_token_BT1, share_BTA, 0.0)
     count_BR = _count(choice_BTA, config.num_experts)
-    if bias_R is not None:
+    if bias_R is not None and config.balance == "bias":
         # Of this replica's tokens if `along` parts them: gradients are added up later.
         count_R = count_BR.sum(0)
         share_BTA = _pass_error_to(bias_R, count_R - count_R.mean(), share_BTA)
@@ -74,13 +79,27 @@ def route(
     return Routes(choice_BTA, share_BTA), stats
 
 
-def _choose(rank_BTR, num_choices):
+def _choose(rank_BTR, config):
     def pick(rank_BTR):
-        return jax.lax.top_k(rank_BTR, num_choices)[1]
+        if config.groups > 1:
+            rank_BTR = _in_best_groups(rank_BTR, config)
+        return jax.lax.top_k(rank_BTR, config.experts_per_token)[1]
 
     # Each device its own tokens: XLA would sort those of all of them.
     pick = sharding.local(pick, ("BTR",), "BTA")
     return pick(jax.lax.stop_gradient(rank_BTR))
+
+
+def _in_best_groups(rank_BTR, config):
+    """Returns -inf for experts outside of a token's best groups.
+
+    Source: DeepSeek-AI, "DeepSeek-V3 Technical Report" (arXiv:2412.19437), 2.1.2.
+    """
+    grouped = rank_BTR.reshape(*rank_BTR.shape[:2], config.groups, -1)
+    best = jax.lax.top_k(grouped, config.group_best)[0].sum(-1)
+    chosen = jax.lax.top_k(best, config.groups_per_token)[1]
+    is_chosen = jax.nn.one_hot(chosen, config.groups, dtype=bool).any(-2)
+    return jnp.where(is_chosen[..., None], grouped, -jnp.inf).reshape(rank_BTR.shape)
 
 
 def _read(values_BTR, choice_BTA):
