@@ -7,20 +7,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from jaxllm.errors import InputError
-from jaxllm.hf.folder import CONFIG, INDEX, Folder
+from jaxllm.hf.folder import CONFIG, INDEX, Folder, read_header
 from jaxllm.hf.settings import load_json
 
 FOLDER = "hf"  # in the directory of a run
 LAYOUT = "layout.json"
+GENERATION = "generation_config.json"
 # Carried byte for byte.
 FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model"),
-    *("chat_template.jinja", "chat_template.json", "generation_config.json"),
+    *("chat_template.jinja", "chat_template.json", GENERATION),
 )
 TEMPLATES = "additional_chat_templates"
-_LARGEST_HEADER_BYTES = 100 * 2**20  # as in safetensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +60,8 @@ class Carried:
     def end_tokens(self) -> tuple[int, ...]:
         """The ids that end a text, of generation_config.json or config.json."""
         found = None
-        if self.folder and (self.folder / "generation_config.json").exists():
-            path = self.folder / "generation_config.json"
+        if self.folder and (self.folder / GENERATION).exists():
+            path = self.folder / GENERATION
             found = load_json(path).get("eos_token_id")
         found = self.config.get("eos_token_id") if found is None else found
         if found is None:
@@ -85,7 +84,7 @@ def carry(source: Folder, workdir: Path) -> None:
     copy_files(source.path, folder)
     shutil.copyfile(source.path / CONFIG, folder / CONFIG)
     files = sorted(set(source.names.values()))
-    layout = {file: read_header(source.path / file) for file in files}
+    layout = {file: read_header(source.path / file)[0] for file in files}
     (folder / LAYOUT).write_text(json.dumps(layout), encoding="utf-8")
     if (source.path / INDEX).exists():
         shutil.copyfile(source.path / INDEX, folder / INDEX)
@@ -115,12 +114,3 @@ def copy_files(source: Path, folder: Path) -> None:
         for path in sorted((source / TEMPLATES).glob("*.jinja")):
             (folder / TEMPLATES).mkdir(exist_ok=True)
             shutil.copyfile(path, folder / TEMPLATES / path.name)
-
-
-def read_header(path: Path) -> dict[str, Any]:
-    """Returns the header of a safetensors file that safetensors has opened."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        if size > _LARGEST_HEADER_BYTES:
-            raise InputError(f"{path} has a header of {size} bytes.")
-        return json.loads(file.read(size))

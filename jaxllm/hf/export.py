@@ -2,6 +2,8 @@
 """Writes a model as a folder of transformers, one tensor at a time."""
 
 import dataclasses
+import functools
+import hashlib
 import json
 import math
 import os
@@ -20,6 +22,7 @@ from jaxllm.hf.carried import Carried
 from jaxllm.hf.families import FAMILIES
 from jaxllm.hf.folder import CONFIG, DTYPES, INDEX, WEIGHTS
 from jaxllm.hf.settings import read_model
+from jaxllm.hf.sums import write_sums
 from jaxllm.hf.tensors import Piece, pieces
 from jaxllm.hf.writing import differences, family_of, write_model
 from jaxllm.models import Model
@@ -81,13 +84,14 @@ def export(
     try:
         partial.mkdir(parents=True)
         carried.copy_to(partial)
-        _write_files(partial, Model(config), model_type, params, layout)
+        sums = _write_files(partial, Model(config), model_type, params, layout)
         if layout is not carried.layout:
             _write_index(partial, layout)
         text = json.dumps(content, indent=2, sort_keys=True) + "\n"
         if carried.config == content:
             text = carried.config_text
         (partial / CONFIG).write_text(text, encoding="utf-8")
+        write_sums(partial, sums)
         if to.exists():
             to.rmdir()  # empty
         partial.replace(to)
@@ -148,7 +152,9 @@ def _layout(
 
 def _write_files(
     folder: Path, model: Model, model_type: str, params: Any, layout: Layout
-) -> None:
+) -> dict[str, str]:
+    """Writes the tensors; returns the SHA-256 of each file."""
+    sums = {}
     by_name: dict[str, list[tuple[str, Piece]]] = {}
     for path in model.letters:
         for piece in pieces(model, FAMILIES[model_type], path):
@@ -157,12 +163,18 @@ def _write_files(
         with (folder / file).open("wb") as out:
             text = json.dumps(header, separators=(",", ":")).encode()
             text += b" " * (-len(text) % 8)
-            out.write(len(text).to_bytes(8, "little") + text)
+            start = len(text).to_bytes(8, "little") + text
+            out.write(start)
+            digest = hashlib.sha256(start)
             in_order = sorted(_tensors(header), key=lambda entry: entry["data_offsets"])
             for entry in in_order:
-                _tensor(by_name[entry["name"]], params, entry).tofile(out)
+                tensor = _tensor(by_name[entry["name"]], params, entry)
+                tensor.tofile(out)
+                digest.update(tensor.reshape(-1).view(np.uint8))
             out.flush()
             os.fsync(out.fileno())
+        sums[file] = digest.hexdigest()
+    return sums
 
 
 def _write_index(folder: Path, layout: Layout) -> None:
@@ -186,19 +198,25 @@ def _tensors(header: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _tensor(parts: list[tuple[str, Piece]], params: Any, entry: Mapping) -> np.ndarray:
+    """Returns a tensor as a file has it, brought from the devices block by block."""
     out = np.empty(entry["shape"], jnp.dtype(DTYPES[entry["dtype"]]))
     for path, piece in parts:
         leaf = params
         for key in path.split("/"):
             leaf = leaf[key]
-        part = np.asarray(_take(leaf, piece.place) if piece.place else leaf)
-        sizes = [piece.sizes[letter] for letter in piece.letters]
-        piece.into_file(part[tuple(slice(size) for size in sizes)], out)
+        view = piece.view(out)
+        for block in piece.blocks(tuple((0, size) for size in view.shape)):
+            starts = tuple(start for start, _ in block)
+            sizes = tuple(stop - start for start, stop in block)
+            part = np.asarray(_take(leaf, (*piece.place, *starts), sizes))
+            view[tuple(slice(*each) for each in block)] = part
     return out
 
 
-@jax.jit
-def _take(leaf: jax.Array, place: tuple[int, ...]) -> jax.Array:
-    for index in place:
-        leaf = jax.lax.dynamic_index_in_dim(leaf, index, 0, keepdims=False)
-    return leaf
+@functools.partial(jax.jit, static_argnums=2)
+def _take(
+    leaf: jax.Array, starts: tuple[int, ...], sizes: tuple[int, ...]
+) -> jax.Array:
+    """Returns a block of a parameter without its leading dimensions."""
+    lead = (1,) * (leaf.ndim - len(sizes))
+    return jax.lax.dynamic_slice(leaf, starts, lead + sizes).reshape(sizes)

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A folder with a model of transformers: its settings and its files, checked."""
 
-import contextlib
 import dataclasses
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 
@@ -51,27 +52,39 @@ class Folder:
             )
         self.model_type, self.config = read_model(content, str(self.path / CONFIG))
         self.names = _find_files(self.path)
-        self._opened = contextlib.ExitStack()
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, tuple[dict[str, Any], np.ndarray]] = {}
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error) -> None:
-        self._files.clear()
-        self._opened.close()
+        self._files.clear()  # unmapped when the last view of them goes
 
     @property
     def family(self) -> Family:
         """The table of its family."""
         return FAMILIES[self.model_type]
 
-    def entry(self, name: str) -> Any:
-        """Returns a tensor whose slices are read from the file when they are taken."""
-        file = self.names[name]
+    def entry(self, name: str) -> Mapping[str, Any]:
+        """Returns shape, dtype and place of a tensor in its file."""
+        return self._open(self.names[name])[0][name]
+
+    def tensor(self, name: str) -> np.ndarray:
+        """Returns a tensor of the mapped file: what is used of it is read, no more."""
+        header, content = self._open(self.names[name])
+        start, stop = header[name]["data_offsets"]
+        dtype = jnp.dtype(DTYPES[header[name]["dtype"]])
+        found = content[start:stop].view(dtype).reshape(header[name]["shape"])
+        # Some writers do not align; a copy is, and JAX may need it.
+        return found if found.flags.aligned else found.copy()
+
+    def _open(self, file: str) -> tuple[dict[str, Any], np.ndarray]:
+        """Returns the header of a file and the bytes behind it, which are mapped."""
         if file not in self._files:
-            self._files[file] = self._opened.enter_context(_open(self.path / file))
-        return self._files[file].get_slice(name)
+            header, begin = read_header(self.path / file)
+            content = np.asarray(np.memmap(self.path / file, np.uint8, "r"))
+            self._files[file] = header, content[begin:]
+        return self._files[file]
 
 
 def model_config(folder: str | Path, **changes: Any) -> ModelConfig:
@@ -107,13 +120,13 @@ def check(folder: Folder) -> tuple[Model, Rename]:
             problems.append(f"{rename(name)} is missing")
             continue
         entry = folder.entry(rename(name))
-        if tuple(entry.get_shape()) != shape:
+        if tuple(entry["shape"]) != shape:
             problems.append(
-                f"{rename(name)} has the shape {entry.get_shape()}, where the settings "
+                f"{rename(name)} has the shape {entry['shape']}, where the settings "
                 f"ask for {list(shape)}"
             )
-        elif entry.get_dtype() not in DTYPES:
-            problems.append(f"{rename(name)} is {entry.get_dtype()}")
+        elif entry["dtype"] not in DTYPES:
+            problems.append(f"{rename(name)} is {entry['dtype']}")
     known = {rename(name) for name in wanted}
     if config.tie_embeddings:
         known.add(rename(family.tensors["output"].name))
@@ -138,7 +151,7 @@ def _with_ties(folder: Folder, config: ModelConfig, rename) -> ModelConfig:
     names = [rename(folder.family.tensors[n].name) for n in ("output", "embedding")]
     if not config.tie_embeddings or any(name not in folder.names for name in names):
         return config
-    output, embedding = (folder.entry(name)[:] for name in names)
+    output, embedding = (folder.tensor(name) for name in names)
     if not np.array_equal(output, embedding):
         raise InputError(
             f"{folder.path}: tie_word_embeddings=true, but {names[0]} is not "
@@ -189,17 +202,25 @@ def _find_files(path: Path) -> dict[str, str]:
 
 
 def _names_in(path: Path) -> list[str]:
-    with _open(path) as file:
-        return list(file.keys())
-
-
-@contextlib.contextmanager
-def _open(path: Path):
     try:
-        file = safetensors.safe_open(str(path), framework="numpy")
+        with safetensors.safe_open(str(path), framework="numpy") as file:
+            names = list(file.keys())
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error}.") from error
     except safetensors.SafetensorError as error:
         raise InputError(f"{path} is not a safetensors file: {error}.") from error
-    with file as opened:
-        yield opened
+    read_header(path)  # safetensors takes the last of two entries with one name
+    return names
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """Returns the header of a file that safetensors has checked, and where it ends."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        pairs = json.loads(file.read(size), object_pairs_hook=list)
+    header = {name: dict(entry) for name, entry in pairs}
+    if len(header) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in header if names.count(name) > 1)
+        raise InputError(f"{path} has {twice} twice.")
+    return header, 8 + size

@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The parameters of a folder, read straight into the memory of the devices."""
 
+import concurrent.futures
 import functools
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxllm.config import ModelConfig
 from jaxllm.hf.folder import Folder, Rename, check
-from jaxllm.hf.tensors import Piece, pieces
+from jaxllm.hf.tensors import Bounds, pieces
 from jaxllm.models import Model
 
-type Bounds = tuple[tuple[int, int], ...]  # start and stop along each dimension
+_THREADS = 4  # that read: parameters at a time, each by a block of a few MB
 
 
 def load(folder: Path) -> tuple[ModelConfig, Any]:
@@ -36,7 +36,8 @@ def load(folder: Path) -> tuple[ModelConfig, Any]:
 def read_params(folder: Folder, target: Any) -> Any:
     """Returns float32 parameters, placed as told; each process reads what it holds.
 
-    Host memory is that of one tensor of the files.
+    Host memory is that of a few blocks of a tensor. Where the files and the devices
+    order dimensions differently, blocks are transposed on their way.
 
     Args:
       folder: open.
@@ -44,10 +45,13 @@ def read_params(folder: Folder, target: Any) -> Any:
         output may have more rows than the files: the others are zero.
     """
     model, rename = check(folder)
-    return jax.tree.map_with_path(
-        lambda path, leaf: _read_parameter(folder, model, rename, _name(path), leaf),
-        target,
-    )
+    leaves, structure = jax.tree_util.tree_flatten_with_path(target)
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
+        found = threads.map(
+            lambda pair: _read_parameter(folder, model, rename, *pair),
+            [(_name(path), leaf) for path, leaf in leaves],
+        )
+        return structure.unflatten(found)
 
 
 def _name(path: Any) -> str:
@@ -64,36 +68,46 @@ def _read_parameter(
         pairs = zip(index, shape, strict=True)
         bounds = tuple(part.indices(size)[:2] for part, size in pairs)
         devices_by_bounds.setdefault(bounds, []).append(device)
+    found = list(pieces(model, folder.family, path))
     parts = []
     for bounds, devices in devices_by_bounds.items():
         size = tuple(stop - start for start, stop in bounds)
-        buffers = [jnp.zeros(size, jnp.float32, device=device) for device in devices]
-        for piece in pieces(model, folder.family, path):
+        buffers = [_zeros(size, device) for device in devices]
+        for piece in found:
             lead = len(piece.place)
             at = [p - b[0] for p, b in zip(piece.place, bounds, strict=False)]
             if not all(0 <= a < n for a, n in zip(at, size, strict=False)):
                 continue
-            block = _read_piece(folder, piece, bounds[lead:], rename)
-            block = block.reshape((1,) * lead + block.shape)
-            starts = (*at, *(0 for _ in bounds[lead:]))
-            buffers = [
-                _put(buffer, jax.device_put(block, device), starts)
-                for buffer, device in zip(buffers, devices, strict=True)
-            ]
+            view = piece.view(folder.tensor(rename(piece.name)))
+            inner = bounds[lead:]
+            for block in piece.blocks(_within(inner, view.shape)):
+                starts = [b[0] - i[0] for b, i in zip(block, inner, strict=True)]
+                part = view[tuple(slice(*each) for each in block)]
+                part = part.reshape((1,) * lead + part.shape)
+                buffers = [
+                    _put(buffer, jax.device_put(part, device), (*at, *starts))
+                    for buffer, device in zip(buffers, devices, strict=True)
+                ]
+                jax.block_until_ready(buffers)  # else many blocks would be in memory
         parts += buffers
     return jax.make_array_from_single_device_arrays(shape, place, parts)
 
 
-def _read_piece(
-    folder: Folder, piece: Piece, bounds: Bounds, rename: Rename
-) -> np.ndarray:
-    """Returns the part of a piece within bounds, float32."""
-    found = folder.entry(rename(piece.name))[piece.slices()]
-    whole = piece.from_file(np.asarray(found))
-    part = whole[tuple(slice(start, stop) for start, stop in bounds)]
-    return np.ascontiguousarray(part, np.float32)
+def _within(bounds: Bounds, shape: tuple[int, ...]) -> Bounds:
+    """Returns the bounds as far as the file's rows go."""
+    return tuple(
+        (min(start, size), min(stop, size))
+        for (start, stop), size in zip(bounds, shape, strict=True)
+    )
+
+
+def _zeros(size: tuple[int, ...], device: Any) -> jax.Array:
+    """Returns zeros that are made on a device: jnp.zeros copies them to others."""
+    with jax.default_device(device):
+        return jnp.zeros(size, jnp.float32)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _put(buffer: jax.Array, block: jax.Array, starts: tuple[int, ...]) -> jax.Array:
+    block = block.astype(buffer.dtype)
     return jax.lax.dynamic_update_slice(buffer, block, starts)

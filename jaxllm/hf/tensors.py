@@ -12,6 +12,11 @@ from jaxllm.config import ModelConfig
 from jaxllm.hf.table import Family, Tensor
 from jaxllm.models import Model
 
+# What is copied at once: few enough for a core's cache, where it may be transposed.
+_BLOCK_ELEMENTS = 2**20
+
+type Bounds = tuple[tuple[int, int], ...]  # start and stop along each dimension
+
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
@@ -40,37 +45,35 @@ class Piece:
         """The letters, and at most a digit, of each dimension in the file."""
         return self.tensor.dims.replace("+", "").split()
 
-    def slices(self) -> tuple[slice, ...]:
-        """Returns where the piece is in the file's tensor."""
-        return tuple(
+    def view(self, tensor: np.ndarray) -> np.ndarray:
+        """Returns the piece within the file's tensor, as a view of it."""
+        ends = (
             slice(start, start + math.prod(self._sizes(dims)))
             for start, dims in zip(self.starts, self.dims, strict=True)
         )
-
-    def from_file(self, found: np.ndarray) -> np.ndarray:
-        """Returns the piece, of what `slices` gave."""
-        spread = found.reshape([n for dims in self.dims for n in self._sizes(dims)])
+        spread = tensor[tuple(ends)]
+        spread = spread.reshape([n for dims in self.dims for n in self._sizes(dims)])
         order = "".join(self.dims)
         if digit := next((x for x in order if x.isdigit()), None):
-            spread = np.take(spread, self.tensor.index, axis=order.index(digit))
+            at = order.index(digit)
+            spread = spread[(*(slice(None),) * at, self.tensor.index)]
             order = order.replace(digit, "")
-        return spread.transpose([order.index(letter) for letter in self.letters])
+        found = spread.transpose([order.index(letter) for letter in self.letters])
+        assert np.shares_memory(found, tensor), "splitting dimensions copies nothing"
+        return found
 
-    def into_file(self, piece: np.ndarray, out: np.ndarray) -> None:
-        """Writes the piece into its place in the file's tensor."""
-        order = "".join(self.dims)
-        digit = next((x for x in order if x.isdigit()), "")
-        plain = order.replace(digit, "") if digit else order
-        spread = piece.transpose([self.letters.index(letter) for letter in plain])
-        part = out[self.slices()]
-        if not digit:
-            part[...] = spread.reshape(part.shape)
-            return
-        view = part.reshape([n for dims in self.dims for n in self._sizes(dims)])
-        assert np.shares_memory(view, out), "a fused tensor is whole"
-        index: list = [slice(None)] * view.ndim
-        index[order.index(digit)] = self.tensor.index
-        view[tuple(index)] = spread
+    def blocks(self, bounds: Bounds) -> Iterator[Bounds]:
+        """Yields small blocks that together are the piece within bounds.
+
+        Most have the same shape, and each is contiguous in the file, or nearly.
+        """
+        dim = self.letters.index(next(x for x in self.tensor.dims if x in self.letters))
+        start, stop = bounds[dim]
+        others = math.prod(b - a for a, b in bounds) // max(stop - start, 1)
+        step = min(max(_BLOCK_ELEMENTS // max(others, 1), 1), stop - start)
+        for first in range(start, stop, max(step, 1)):
+            first = min(first, stop - step)  # the last one has the size of the others
+            yield (*bounds[:dim], (first, first + step), *bounds[dim + 1 :])
 
     def _sizes(self, dims: str) -> list[int]:
         return [int(x) if x.isdigit() else self.sizes[x] for x in dims]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Verifies a folder of transformers, and compares its logits with theirs."""
 
+import collections
 import dataclasses
 import subprocess
 import tempfile
@@ -10,14 +11,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm.data.manifest import TOKENIZER
 from jaxllm.errors import InputError
-from jaxllm.hf.folder import Folder, check
+from jaxllm.hf.carried import GENERATION
+from jaxllm.hf.folder import CONFIG, Folder, check
 from jaxllm.hf.loading import load
+from jaxllm.hf.settings import load_json
+from jaxllm.hf.sums import SUMS, check_sums
 from jaxllm.hf.tensors import pieces
 from jaxllm.models import logits
+from jaxllm.text.tokenizers import HFTokenizer, load_tokenizer
 
 TOLERANCE = 1e-4  # of the largest logit: roundings of float32 over all layers
 _ROWS, _LENGTH = 2, 32
+_BLOCK = 2**22  # numbers that are looked at together
 # For a Python that has torch and transformers: they are no dependencies of ours.
 _THEIRS = """
 import sys
@@ -48,20 +55,55 @@ def verify(path: Path, python: str | None = None) -> list[str]:
         model, rename = check(folder)
         paths = model.letters
         names = {rename(p.name) for x in paths for p in pieces(model, folder.family, x)}
-        dtypes: dict[str, int] = {}
-        bad = []
-        for name in sorted(names):
-            entry = folder.entry(name)
-            dtypes[entry.get_dtype()] = dtypes.get(entry.get_dtype(), 0) + 1
-            if not np.isfinite(np.asarray(entry[:], np.float32)).all():
-                bad.append(name)
+        bad = [name for name in sorted(names) if not _is_finite(folder.tensor(name))]
         if bad:
             raise InputError(
                 f"{path}: {len(bad)} tensors are not finite, first {bad[0]}."
             )
-    kinds = ", ".join(f"{number} {dtype}" for dtype, number in sorted(dtypes.items()))
+        number = collections.Counter(folder.entry(name)["dtype"] for name in names)
+        _check_tokens(folder)
+    kinds = ", ".join(f"{number[dtype]} {dtype}" for dtype in sorted(number))
     found = f"{path}: {folder.model_type}, {len(names)} tensors ({kinds}), all finite"
+    sums = check_sums(path)
+    found += f"; {sums} files as in {SUMS}" if sums is not None else ""
     return [found, _compare_logits(path, python)] if python else [found]
+
+
+def _check_tokens(folder: Folder) -> None:
+    """Refuses ids of the tokenizer, and of ends of texts, that have no row."""
+    rows, known = folder.config.vocab_size, None
+    path = folder.path / TOKENIZER
+    if path.is_file():
+        tokenizer = load_tokenizer(str(path))
+        assert isinstance(tokenizer, HFTokenizer), "a file is one"
+        known = tokenizer.backend.get_vocab(with_added_tokens=True)
+        beyond = sorted((number, token) for token, number in known.items())[::-1]
+        if beyond and beyond[0][0] >= rows:
+            raise InputError(
+                f"{path}: the token {beyond[0][1]!r} is {beyond[0][0]}, and the "
+                f"embedding has {rows} rows; the tokenizer is of another model."
+            )
+    for name in (CONFIG, GENERATION):
+        if not (folder.path / name).is_file():
+            continue
+        said = load_json(folder.path / name).get("eos_token_id")
+        for number in said if isinstance(said, list) else [said]:
+            if number is None:
+                continue
+            wrong = not isinstance(number, int) or not 0 <= number < rows
+            if wrong or (known is not None and number not in known.values()):
+                where = f"the {rows} rows" if wrong else TOKENIZER
+                raise InputError(
+                    f"{folder.path / name}: eos_token_id={number!r} is not among "
+                    f"{where}, so no text would end with it."
+                )
+
+
+def _is_finite(tensor: np.ndarray) -> bool:
+    """Returns whether all numbers are finite; looks at some MB at a time."""
+    flat = tensor.reshape(-1)
+    starts = range(0, flat.size, _BLOCK)
+    return all(np.isfinite(flat[at : at + _BLOCK]).all() for at in starts)
 
 
 def _compare_logits(path: Path, python: str) -> str:

@@ -2,14 +2,24 @@
 """A folder is read whole, placed as asked for, and written bitwise the same."""
 
 import dataclasses
-import json
-from pathlib import Path
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
 from hf.cases import tensors, write_folder
+from hf.faults import (
+    WEIGHTS,
+    cut,
+    drop,
+    index_of,
+    only_pickle,
+    put,
+    settings,
+    two_files,
+    write,
+    write_shards,
+)
 from safetensors.numpy import load_file, save_file
 
 import sharding
@@ -19,25 +29,6 @@ from jaxllm.hf.carried import Carried, carry, read_carried
 from jaxllm.hf.export import export
 from jaxllm.hf.folder import Folder, check
 from jaxllm.hf.loading import read_params
-
-WEIGHTS = "model.safetensors"
-
-
-def write_shards(case: str, folder: Path, dtype: type = np.float32) -> Path:
-    """Writes a case in two files with an index."""
-    write_folder(case, folder)
-    (folder / WEIGHTS).unlink()
-    found = tensors(case)
-    names = sorted(found)
-    weight_map = {}
-    for number, part in enumerate((names[::2], names[1::2]), 1):
-        file = f"model-0000{number}-of-00002.safetensors"
-        arrays = {name: found[name].astype(dtype) for name in part}
-        save_file(arrays, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(part, file)
-    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return folder
 
 
 @pytest.mark.parametrize("case", ["qwen3_moe", "gpt_neox", "granitemoe", "gemma3_text"])
@@ -77,10 +68,35 @@ def test_shards_of_any_dtype_are_read_and_written_bitwise(dtype, tmp_path):
         carry(opened, tmp_path / "run")
     carried = read_carried(tmp_path / "run")
     files = export(config, params, tmp_path / "out", carried=carried)
-    assert set(files) == {path.name for path in folder.iterdir()}
+    assert set(files) == {path.name for path in folder.iterdir()} | {"SHA256SUMS"}
     for path in folder.iterdir():
         if path.name != "config.json":
             assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
+def test_the_smallest_numbers_survive_though_their_file_is_not_aligned(dtype, tmp_path):
+    """Subnormal numbers, of which many processors make zeros."""
+    folder = write_folder("llama_plain", tmp_path / "llama")
+    found = {n: x.astype(dtype) for n, x in load_file(folder / WEIGHTS).items()}
+    up = found["model.layers.1.mlp.up_proj.weight"]
+    up.view(np.uint16)[:] = np.arange(1, up.size + 1).reshape(up.shape) % 128
+    save_file(found, folder / WEIGHTS, metadata={"format": "pt"})
+    content = (folder / WEIGHTS).read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    text = content[8 : 8 + size] + b" "  # one more: tensors begin at odd places
+    (folder / WEIGHTS).write_bytes(
+        len(text).to_bytes(8, "little") + text + content[8 + size :]
+    )
+    config, params = load(folder)
+    with Folder(folder) as opened:
+        carry(opened, tmp_path / "run")
+    export(config, params, tmp_path / "out", carried=read_carried(tmp_path / "run"))
+    written = load_file(tmp_path / "out" / WEIGHTS)
+    for name, tensor in found.items():
+        np.testing.assert_array_equal(
+            written[name].view(np.uint16), tensor.view(np.uint16), name
+        )
 
 
 @pytest.mark.parametrize(
@@ -149,61 +165,6 @@ def test_files_that_travel_are_the_same_bytes(tmp_path):
     assert "modeling_x.py" not in files
     for name, text in texts.items():
         assert (tmp_path / "out" / name).read_text() == text
-
-
-def drop(name):
-    def change(folder: Path):
-        arrays = load_file(folder / WEIGHTS)
-        del arrays[name]
-        save_file(arrays, folder / WEIGHTS)
-
-    return change
-
-
-def put(name, value):
-    def change(folder: Path):
-        save_file({**load_file(folder / WEIGHTS), name: value}, folder / WEIGHTS)
-
-    return change
-
-
-def settings(**changes):
-    def change(folder: Path):
-        content = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**content, **changes}))
-
-    return change
-
-
-def write(name, content):
-    def change(folder: Path):
-        (folder / name).write_bytes(content)
-
-    return change
-
-
-def index_of(**weight_map):
-    def change(folder: Path):
-        text = json.dumps({"weight_map": weight_map})
-        (folder / "model.safetensors.index.json").write_text(text)
-
-    return change
-
-
-def cut(folder: Path):
-    content = (folder / WEIGHTS).read_bytes()
-    (folder / WEIGHTS).write_bytes(content[:-10])
-
-
-def only_pickle(folder: Path):
-    (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
-
-
-def two_files(folder: Path):
-    (folder / "b.safetensors").write_bytes((folder / WEIGHTS).read_bytes())
-    names = load_file(folder / WEIGHTS)
-    first, *others = names
-    index_of(**{first: "b.safetensors"}, **dict.fromkeys(others, WEIGHTS))(folder)
 
 
 NORM = "model.norm.weight"
