@@ -32,8 +32,8 @@ def main(argv: list[str]) -> int:
     command, folders = argv[1:2], [Path(each) for each in argv[2:]]
     if command == ["import"] and len(folders) == 1:
         workdir = flags.workdir_from_flags()
-        config = import_folder(folders[0], workdir, {"fsdp": 1})
-        print(f"{workdir}: {config.model.num_layers} layers, step 0")
+        config, kind = import_folder(folders[0], workdir, {"fsdp": 1})
+        print(f"{workdir}: {kind}, {config.model.num_layers} layers, step 0")
     elif command == ["export"] and not folders:
         print("\n".join(_export()))
     elif command == ["verify"] and folders:

@@ -4,11 +4,13 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxllm.hf.folder import CONFIG, INDEX, Folder, read_header
+from jaxllm.hf.folder import CONFIG, INDEX, Folder, check, read_header
 from jaxllm.hf.settings import load_json
+from jaxllm.hf.tensors import pieces
 
 FOLDER = "hf"  # in the directory of a run
 LAYOUT = "layout.json"
@@ -82,12 +84,38 @@ def carry(source: Folder, workdir: Path) -> None:
     folder = workdir / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     copy_files(source.path, folder)
-    shutil.copyfile(source.path / CONFIG, folder / CONFIG)
     files = sorted(set(source.names.values()))
     layout = {file: read_header(source.path / file)[0] for file in files}
+    if source.wrapper:
+        # An export is of the text half alone, under its own names.
+        (folder / CONFIG).write_text(json.dumps(source.content), encoding="utf-8")
+        layout = _text_layout(source, layout)
+    else:
+        shutil.copyfile(source.path / CONFIG, folder / CONFIG)
+        if (source.path / INDEX).exists():
+            shutil.copyfile(source.path / INDEX, folder / INDEX)
     (folder / LAYOUT).write_text(json.dumps(layout), encoding="utf-8")
-    if (source.path / INDEX).exists():
-        shutil.copyfile(source.path / INDEX, folder / INDEX)
+
+
+def _text_layout(
+    source: Folder, layout: Mapping[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Returns headers without the other half's tensors, under the family's names."""
+    model, rename = check(source)
+    paths, found = model.letters, {}
+    names = {p.name for path in paths for p in pieces(model, source.family, path)}
+    for file, header in layout.items():
+        kept, used = {}, 0
+        for name in sorted(names):
+            if entry := header.get(rename(name)):
+                start, stop = entry["data_offsets"]
+                place = [used, used + stop - start]
+                kept[name] = {**entry, "data_offsets": place}
+                used = place[1]
+        if kept:
+            kept["__metadata__"] = header.get("__metadata__", {"format": "pt"})
+            found[file] = kept
+    return found
 
 
 def copy_carried(source: Path, workdir: Path) -> None:

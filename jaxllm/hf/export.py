@@ -85,7 +85,7 @@ def export(
         partial.mkdir(parents=True)
         carried.copy_to(partial)
         sums = _write_files(partial, Model(config), model_type, params, layout)
-        if layout is not carried.layout:
+        if layout is not carried.layout or not (partial / INDEX).exists():
             _write_index(partial, layout)
         text = json.dumps(content, indent=2, sort_keys=True) + "\n"
         if carried.config == content:

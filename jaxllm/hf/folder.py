@@ -4,7 +4,7 @@
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,6 +18,7 @@ from jaxllm.hf.families import FAMILIES
 from jaxllm.hf.settings import load_json, read_model
 from jaxllm.hf.table import Family
 from jaxllm.hf.tensors import pieces
+from jaxllm.hf.wrappers import OTHER_HALF, Rename, names_inside, text_half
 from jaxllm.models import Model
 
 CONFIG = "config.json"
@@ -26,16 +27,14 @@ INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 
 
-type Rename = Callable[[str], str]  # a name of the family's table to that in the files
-
-
 class Folder:
     """The settings and the open files of a model.
 
     Attributes:
       path: of the folder.
+      wrapper: the model_type of a multimodal model, of which this is the text half.
       model_type: its family.
-      content: of config.json.
+      content: of config.json, or of the text half's part of it.
       config: its settings.
       names: of all tensors, with the file that each is in.
     """
@@ -44,13 +43,15 @@ class Folder:
         self.path = Path(path)
         if not self.path.is_dir():
             raise InputError(f"{path} is not a folder with a model.")
-        self.content = content = load_json(self.path / CONFIG)
+        content, place = load_json(self.path / CONFIG), str(self.path / CONFIG)
         if method := content.get("quantization_config"):
             raise InputError(
-                f"{self.path / CONFIG}: quantization_config={method} cannot be read; "
+                f"{place}: quantization_config={method} cannot be read; "
                 "give the folder of the model that was quantized."
             )
-        self.model_type, self.config = read_model(content, str(self.path / CONFIG))
+        self.content = text_half(content, place, lambda: _has_head(self.path))
+        self.wrapper = content["model_type"] if "text_config" in content else None
+        self.model_type, self.config = read_model(self.content, place)
         self.names = _find_files(self.path)
         self._files: dict[str, tuple[dict[str, Any], np.ndarray]] = {}
 
@@ -59,6 +60,16 @@ class Folder:
 
     def __exit__(self, *error) -> None:
         self._files.clear()  # unmapped when the last view of them goes
+
+    def describe(self) -> str:
+        """Returns which model it is, and what of it is not read."""
+        if self.wrapper is None:
+            return self.model_type
+        left = sum(bool(re.fullmatch(OTHER_HALF, name)) for name in self.names)
+        return (
+            f"{self.model_type}, the text half of {self.wrapper} ({left} tensors of "
+            "the other half are left out)"
+        )
 
     @property
     def family(self) -> Family:
@@ -91,14 +102,15 @@ def model_config(folder: str | Path, **changes: Any) -> ModelConfig:
     """Returns the settings of a model in a folder, for a config file of a run.
 
     Args:
-      folder: of transformers; its weights are not read.
+      folder: of transformers; its weights are not read, but maybe their names.
       changes: settings to change, such as remat="full".
 
     Raises:
       InputError: its config.json has what cannot be honoured.
     """
-    path = Path(folder) / CONFIG
-    return dataclasses.replace(read_model(load_json(path), str(path))[1], **changes)
+    path, place = Path(folder), str(Path(folder) / CONFIG)
+    content = text_half(load_json(path / CONFIG), place, lambda: _has_head(path))
+    return dataclasses.replace(read_model(content, place)[1], **changes)
 
 
 def check(folder: Folder) -> tuple[Model, Rename]:
@@ -130,8 +142,9 @@ def check(folder: Folder) -> tuple[Model, Rename]:
     known = {rename(name) for name in wanted}
     if config.tie_embeddings:
         known.add(rename(family.tensors["output"].name))
+    skipped = (*family.skipped, *([OTHER_HALF] if folder.wrapper else []))
     for name in folder.names.keys() - known:
-        if not any(re.fullmatch(pattern, name) for pattern in family.skipped):
+        if not any(re.fullmatch(pattern, name) for pattern in skipped):
             problems.append(f"{name} is not a parameter of this model")
     if problems:
         shown = "\n  ".join(sorted(problems)[:8] + ["..."] * (len(problems) > 8))
@@ -165,9 +178,17 @@ def _prefix_rule(folder: Folder) -> Rename:
     embedding = folder.family.tensors["embedding"].name
     prefix = embedding.partition(".")[0] + "."
     bare = embedding.removeprefix(prefix)
+    if folder.wrapper:
+        found = [rule for rule in names_inside() if rule(embedding) in folder.names]
+        return found[0] if found else names_inside()[0]
     if bare in folder.names and embedding not in folder.names:
         return lambda name: name.removeprefix(prefix)
     return lambda name: name
+
+
+def _has_head(path: Path) -> bool:
+    """Returns whether the files have an output apart from the embedding."""
+    return any(name.endswith("lm_head.weight") for name in _find_files(path))
 
 
 def _find_files(path: Path) -> dict[str, str]:

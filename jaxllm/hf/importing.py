@@ -25,7 +25,9 @@ STARTS = "starts"  # another: tokens that its tokenizer begins a text with
 _ROW = 4096  # tokens of a row, at most, until a config says otherwise
 
 
-def import_folder(source: Path, workdir: Path, mesh_sizes: dict[str, int]) -> Config:
+def import_folder(
+    source: Path, workdir: Path, mesh_sizes: dict[str, int]
+) -> tuple[Config, str]:
     """Writes a model of transformers as step 0 of a run.
 
     Args:
@@ -34,7 +36,8 @@ def import_folder(source: Path, workdir: Path, mesh_sizes: dict[str, int]) -> Co
       mesh_sizes: devices by axis, over which the parameters are sharded meanwhile.
 
     Returns:
-      the config that is written: of the model, with a minimum of the rest.
+      the config that is written: of the model, with a minimum of the rest; and which
+      model it is.
 
     Raises:
       InputError: the folder is not whole, or cannot be honoured; nothing is written.
@@ -59,7 +62,7 @@ def import_folder(source: Path, workdir: Path, mesh_sizes: dict[str, int]) -> Co
         data = {IMPORTED: folder.model_type, STARTS: starts}
         checkpoints.save(0, {"params": params}, data)
     write_config(workdir, config)
-    return config
+    return config, folder.describe()
 
 
 def _config(folder: Folder) -> Config:

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.config import ModelConfig
-from jaxllm.hf.folder import Folder, Rename, check
+from jaxllm.hf.folder import Folder, check
 from jaxllm.hf.tensors import Bounds, pieces
+from jaxllm.hf.wrappers import Rename
 from jaxllm.models import Model
 
 _THREADS = 4  # that read: parameters at a time, each by a block of a few MB

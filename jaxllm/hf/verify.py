@@ -63,7 +63,7 @@ def verify(path: Path, python: str | None = None) -> list[str]:
         number = collections.Counter(folder.entry(name)["dtype"] for name in names)
         _check_tokens(folder)
     kinds = ", ".join(f"{number[dtype]} {dtype}" for dtype in sorted(number))
-    found = f"{path}: {folder.model_type}, {len(names)} tensors ({kinds}), all finite"
+    found = f"{path}: {folder.describe()}, {len(names)} tensors ({kinds}), all finite"
     sums = check_sums(path)
     found += f"; {sums} files as in {SUMS}" if sums is not None else ""
     return [found, _compare_logits(path, python)] if python else [found]
