@@ -58,6 +58,15 @@ def _check_architectures(config: Mapping[str, Any], place: str) -> None:
             f"{place}: architectures={named!r} is not of a language model; give the "
             "folder of one."
         )
+    code = config.get("auto_map") or {}
+    name = code.get("AutoModelForCausalLM") if isinstance(code, dict) else code
+    ours = FAMILIES[config["model_type"]].architecture
+    if name and str(name).rpartition(".")[2] != ours:
+        raise InputError(
+            f"{place}: auto_map={name!r} is code of the folder, which is not run, and "
+            f"another class than {ours}; remove auto_map if the model is plain "
+            f"{config['model_type']}."
+        )
 
 
 @dataclasses.dataclass

@@ -86,3 +86,36 @@ def two_files(folder: Path):
     names = load_file(folder / WEIGHTS)
     first, *others = names
     index_of(**{first: "b.safetensors"}, **dict.fromkeys(others, WEIGHTS))(folder)
+
+
+def only_pickle_shards(folder: Path):
+    (folder / WEIGHTS).rename(folder / "pytorch_model-00001-of-00001.bin")
+    (folder / "pytorch_model.bin.index.json").write_text("{}")
+
+
+def header(start: int, stop: int) -> bytes:
+    """A file whose only tensor is where it cannot be."""
+    entry = {"dtype": "F32", "shape": [1], "data_offsets": [start, stop]}
+    text = json.dumps({"a": entry}).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(4)
+
+
+def in_place_of(name: str) -> Change:
+    """A folder has the name of a file."""
+
+    def change(folder: Path):
+        (folder / name).unlink()
+        (folder / name).mkdir()
+
+    return change
+
+
+def only(name: str) -> Change:
+    """A folder has one file, and it is none of a model."""
+
+    def change(folder: Path):
+        for path in folder.iterdir():
+            path.unlink()
+        (folder / name).write_text("{}")
+
+    return change

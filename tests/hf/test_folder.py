@@ -9,11 +9,16 @@ import numpy as np
 import pytest
 from hf.cases import tensors, write_folder
 from hf.faults import (
+    INDEX,
     WEIGHTS,
     cut,
     drop,
+    header,
+    in_place_of,
     index_of,
+    only,
     only_pickle,
+    only_pickle_shards,
     put,
     settings,
     two_files,
@@ -28,6 +33,7 @@ from jaxllm.hf import load
 from jaxllm.hf.carried import Carried, carry, read_carried
 from jaxllm.hf.export import export
 from jaxllm.hf.folder import Folder, check
+from jaxllm.hf.importing import import_folder
 from jaxllm.hf.loading import read_params
 
 
@@ -168,6 +174,7 @@ def test_files_that_travel_are_the_same_bytes(tmp_path):
 
 
 NORM = "model.norm.weight"
+CODE = {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
 QUERY = "model.layers.0.self_attn.q_proj.weight"
 
 
@@ -200,15 +207,66 @@ QUERY = "model.layers.0.self_attn.q_proj.weight"
         (index_of(a="x.bin"), "is not a file of this folder"),
         (index_of(a="absent.safetensors"), "absent.safetensors cannot be read"),
         (index_of(a=WEIGHTS), "says that a is in model.safetensors"),
+        (index_of(a="sub/x.safetensors"), "is not a file of this folder"),
+        (index_of(a=7), "'7' is not a file of this folder"),
+        (write(INDEX, b'{"weight_map": ['), "is not JSON"),
+        (write(INDEX, b'{"weight_map": ["a"]}'), "has no weight_map"),
+        (write(WEIGHTS, b"\xff" * 64), "is not a safetensors file"),
+        (write(WEIGHTS, header(5, 3)), "is not a safetensors file"),
+        (write(WEIGHTS, header(0, 2**40)), "is not a safetensors file"),
+        (in_place_of(WEIGHTS), f"{WEIGHTS} "),
+        (in_place_of("config.json"), "config.json cannot be read"),
+        (only("adapter_config.json"), "config.json cannot be read"),
+        (only_pickle_shards, "pickle"),
+        (put(QUERY, np.ones((24, 20), np.uint8)), f"{QUERY} is U8"),
+        (put(QUERY, np.ones((24, 20), np.complex64)), f"{QUERY} is C64"),
+        (settings(auto_map=CODE), "auto_map='modeling_own.OwnForCausalLM' is code"),
+        (settings(model_type="own", auto_map=CODE), "model_type='own' is not a family"),
+        (settings(architectures=["LlamaForTokenClassification"]), "Classification"),
+        (settings(architectures=["LlamaForQuestionAnswering"]), "QuestionAnswering"),
+        (settings(quantization_config={"quant_method": "bitsandbytes"}), "bitsandb"),
+        (settings(quantization_config={"quant_method": "awq"}), "awq"),
+        (settings(quantization_config={"quant_method": "fp8"}), "fp8"),
+        (settings(quantization_config={"quant_method": "compressed-tensors"}), "compr"),
+        (settings(rope_parameters={"rope_type": "dynamic"}), "type 'dynamic'"),
+        (settings(rope_scaling={"type": "dynamic", "factor": 2}), "type 'dynamic'"),
+        (settings(tie_word_embeddings=True), "lm_head.weight is not model.embed"),
+        (settings(tie_word_embeddings="yes"), "tie_embeddings"),
+        (settings(num_hidden_layers=0), "num_layers"),
+        (settings(num_hidden_layers=-1), "num_layers"),
+        (settings(num_attention_heads=0), "num_heads"),
+        (settings(text_config={}), "model_type='llama' is a multimodal model"),
+        (
+            settings(model_type="llava", text_config={}, architectures=None),
+            "hidden_size is missing",
+        ),
+        (
+            settings(
+                model_type="llava",
+                text_config={"model_type": "bert"},
+                architectures=["LlavaForConditionalGeneration"],
+            ),
+            "model_type='bert' is not a family",
+        ),
     ],
 )
-def test_a_malformed_folder_is_refused_with_what_and_where(change, said, tmp_path):
+def test_a_malformed_folder_is_refused_and_nothing_is_written(change, said, tmp_path):
     folder = write_folder("llama_plain", tmp_path / "llama")
     change(folder)
     with pytest.raises(InputError) as error:
-        load(folder)
+        import_folder(folder, tmp_path / "run", {"fsdp": 1})
     assert said in str(error.value)
     assert str(folder) in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["llama"]
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_what_is_no_folder_is_refused(made, tmp_path):
+    if made:
+        (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file is not a folder with a model"):
+        import_folder(tmp_path / "file", tmp_path / "run", {"fsdp": 1})
+    assert not (tmp_path / "run").exists()
 
 
 def test_tied_weights_that_differ_are_refused_and_equal_ones_are_one(tmp_path):
