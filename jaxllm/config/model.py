@@ -17,7 +17,7 @@ from jaxllm.errors import InputError
 
 Balance = Literal["none", "loss", "bias"]
 Bias = Literal["none", "qkv", "attention", "all"]
-MLP = Literal["swiglu", "geglu", "gelu", "gelu_exact", "relu2"]
+MLP = Literal["swiglu", "geglu", "swiglu_clamped", "gelu", "gelu_exact", "relu2"]
 PLAIN_MLPS = ("gelu", "gelu_exact", "relu2")  # without a gate
 Dtype = Literal["bfloat16", "float32"]
 Remat = Literal["none", "full", "dots", "save_attention"]
@@ -168,7 +168,7 @@ class ModelConfig:
     num_kv_heads: int  # key/value heads (GQA, MQA); must divide num_heads
     head_dim: int  # width of a head; even, for RoPE
     d_ff: int  # hidden width of the MLP
-    mlp: MLP = "swiglu"  # gated: swiglu, geglu; plain: gelu, gelu_exact (erf), relu2
+    mlp: MLP = "swiglu"  # gated: swiglu, geglu, swiglu_clamped; plain: the others
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # type of all pre-norms
     norm_eps: float = 1e-6  # added to the variance in every norm
     bias: Bias = "none"  # projections that have a bias; attention: qkv and its output
@@ -229,10 +229,11 @@ class ModelConfig:
         self._check_layers()
         self._check_size()
         self._check_rope()
-        if self.moe.num_experts and self.bias == "all":
+        if (self.mlp == "swiglu_clamped") != (self.variant.mlp_limit is not None):
             raise InputError(
-                "config.model.bias=all is not for experts, which have no biases; use "
-                "config.model.bias=qkv or none."
+                f"config.model.variant.mlp_limit={self.variant.mlp_limit} goes with "
+                f"config.model.mlp=swiglu_clamped, and this is {self.mlp}; set both, "
+                "or neither."
             )
 
     def _check_layers(self):

@@ -85,6 +85,7 @@ class VariantConfig:
     embedding_norm: bool = False  # a norm behind the embedding
     residual_scale: float = 1.0  # multiplies the output of every sublayer
     logit_scale: float = 1.0  # multiplies the output logits
+    mlp_limit: float | None = None  # swiglu_clamped: largest gate and |up|
     positions: int = 0  # learned position embeddings, for rows up to this; 0: none
     query_growth: float = 0.0  # b of 1 + b log(1 + position // rope.original_length)
 
@@ -93,7 +94,7 @@ class VariantConfig:
         check_positive(
             self,
             "model.variant",
-            "attention_scale embedding_scale residual_scale logit_scale",
+            "attention_scale embedding_scale residual_scale logit_scale mlp_limit",
         )
         if self.parallel != "none" and self.norm_position != "pre":
             raise InputError(

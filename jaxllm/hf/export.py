@@ -21,7 +21,7 @@ from jaxllm.errors import InputError
 from jaxllm.hf.carried import Carried
 from jaxllm.hf.families import FAMILIES
 from jaxllm.hf.folder import CONFIG, DTYPES, INDEX, WEIGHTS
-from jaxllm.hf.settings import read_model
+from jaxllm.hf.settings import QUANTIZATION, read_model
 from jaxllm.hf.sums import write_sums
 from jaxllm.hf.tensors import Piece, pieces
 from jaxllm.hf.writing import differences, family_of, write_model
@@ -66,6 +66,7 @@ def export(
         config = dataclasses.replace(config, vocab_size=rows)
     model_type = carried.model_type or family_of(config)
     content = {**write_model(model_type, config), **carried.config}
+    content.pop(QUANTIZATION, None)  # tensors are written as plain ones
     _check_settings(content, config)
     layout = _layout(Model(config), model_type, carried, dtype)
     names = {entry["dtype"] for header in layout.values() for entry in _tensors(header)}
@@ -128,8 +129,8 @@ def _layout(
     files: list[dict[str, Any]] = [{}]
     used = 0
     for name in sorted(shapes):
-        imported = known.get(name) or known.get(name.removeprefix(prefix)) or {}
-        code = _CODES[dtype] if dtype else imported.get("dtype", "F32")
+        imported = _imported(known, name) or _imported(known, name.removeprefix(prefix))
+        code = _CODES[dtype] if dtype else imported or "F32"
         size = math.prod(shapes[name]) * jnp.dtype(DTYPES[code]).itemsize
         if files[-1] and used + size > SHARD_BYTES:
             files.append({})
@@ -148,6 +149,13 @@ def _layout(
         f"model-{place:05d}-of-{number:05d}.safetensors": header
         for place, header in enumerate(headers, 1)
     }
+
+
+def _imported(known: Mapping[str, Any], name: str) -> str | None:
+    """Returns the dtype that a tensor was imported in; bfloat16 for fewer bits."""
+    if f"{name}_blocks" in known or f"{name}_scale_inv" in known:
+        return "BF16"
+    return known.get(name, {}).get("dtype")
 
 
 def _write_files(
@@ -204,7 +212,7 @@ def _tensor(parts: list[tuple[str, Piece]], params: Any, entry: Mapping) -> np.n
         leaf = params
         for key in path.split("/"):
             leaf = leaf[key]
-        view = piece.view(out)
+        view = piece.view(out if piece.expert is None else out[piece.expert])
         for block in piece.blocks(tuple((0, size) for size in view.shape)):
             starts = tuple(start for start, _ in block)
             sizes = tuple(stop - start for start, stop in block)

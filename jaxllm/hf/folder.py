@@ -15,7 +15,8 @@ import safetensors
 from jaxllm.config import ModelConfig
 from jaxllm.errors import InputError
 from jaxllm.hf.families import FAMILIES
-from jaxllm.hf.settings import load_json, read_model
+from jaxllm.hf.quantized import STORED, decode, quantized_names, read_entry
+from jaxllm.hf.settings import QUANTIZATION, load_json, read_model
 from jaxllm.hf.table import Family
 from jaxllm.hf.tensors import pieces
 from jaxllm.hf.wrappers import OTHER_HALF, Rename, names_inside, text_half
@@ -25,6 +26,8 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+_STORED = DTYPES | STORED
+_READABLE = {*DTYPES, "MXFP4", "FP8"}
 
 
 class Folder:
@@ -44,15 +47,18 @@ class Folder:
         if not self.path.is_dir():
             raise InputError(f"{path} is not a folder with a model.")
         content, place = load_json(self.path / CONFIG), str(self.path / CONFIG)
-        if method := content.get("quantization_config"):
-            raise InputError(
-                f"{place}: quantization_config={method} cannot be read; "
-                "give the folder of the model that was quantized."
-            )
         self.content = text_half(content, place, lambda: _has_head(self.path))
         self.wrapper = content["model_type"] if "text_config" in content else None
         self.model_type, self.config = read_model(self.content, place)
-        self.names = _find_files(self.path)
+        self._stored = self.names = _find_files(self.path)
+        self._quantized: dict[str, tuple[str, str]] = {}
+        if quantization := self.content.get(QUANTIZATION):
+            self._method = quantization["quant_method"]
+            self._quantized = quantized_names(self._method, self.names)
+            parts = {name for pair in self._quantized.values() for name in pair}
+            self.names = {n: f for n, f in self.names.items() if n not in parts}
+            for name, (values, _) in self._quantized.items():
+                self.names[name] = self._stored[values]
         self._files: dict[str, tuple[dict[str, Any], np.ndarray]] = {}
 
     def __enter__(self) -> Self:
@@ -77,14 +83,35 @@ class Folder:
         return FAMILIES[self.model_type]
 
     def entry(self, name: str) -> Mapping[str, Any]:
-        """Returns shape, dtype and place of a tensor in its file."""
-        return self._open(self.names[name])[0][name]
+        """Returns shape and dtype of a tensor, such as F32, MXFP4 or FP8.
 
-    def tensor(self, name: str) -> np.ndarray:
-        """Returns a tensor of the mapped file: what is used of it is read, no more."""
-        header, content = self._open(self.names[name])
+        Raises:
+          InputError: it is quantized, and its parts do not fit.
+        """
+        if name not in self._quantized:
+            return self._entry(name)
+        parts = map(self._entry, self._quantized[name])
+        return read_entry(self._method, f"{self.path}: {name}", *parts)
+
+    def tensor(self, name: str, expert: int | None = None) -> np.ndarray:
+        """Returns a tensor of the mapped file: what is used of it is read, no more.
+
+        Args:
+          name: of the tensor; a quantized one is float32, and in memory.
+          expert: the only one that is wanted, of the first dimension.
+        """
+        if name not in self._quantized:
+            return _part(self._map(name), expert)
+        values, scales = map(self._map, self._quantized[name])
+        return decode(self._method, _part(values, expert), _part(scales, expert))
+
+    def _entry(self, name: str) -> Mapping[str, Any]:
+        return self._open(self._stored[name])[0][name]
+
+    def _map(self, name: str) -> np.ndarray:
+        header, content = self._open(self._stored[name])
         start, stop = header[name]["data_offsets"]
-        dtype = jnp.dtype(DTYPES[header[name]["dtype"]])
+        dtype = jnp.dtype(_STORED[header[name]["dtype"]])
         found = content[start:stop].view(dtype).reshape(header[name]["shape"])
         # Some writers do not align; a copy is, and JAX may need it.
         return found if found.flags.aligned else found.copy()
@@ -96,6 +123,10 @@ class Folder:
             content = np.asarray(np.memmap(self.path / file, np.uint8, "r"))
             self._files[file] = header, content[begin:]
         return self._files[file]
+
+
+def _part(tensor: np.ndarray, expert: int | None) -> np.ndarray:
+    return tensor if expert is None else tensor[expert]
 
 
 def model_config(folder: str | Path, **changes: Any) -> ModelConfig:
@@ -137,7 +168,7 @@ def check(folder: Folder) -> tuple[Model, Rename]:
                 f"{rename(name)} has the shape {entry['shape']}, where the settings "
                 f"ask for {list(shape)}"
             )
-        elif entry["dtype"] not in DTYPES:
+        elif entry["dtype"] not in _READABLE:
             problems.append(f"{rename(name)} is {entry['dtype']}")
     known = {rename(name) for name in wanted}
     if config.tie_embeddings:

@@ -8,10 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxllm.config import ModelConfig
 from jaxllm.hf.folder import Folder, check
-from jaxllm.hf.tensors import Bounds, pieces
+from jaxllm.hf.tensors import Bounds, Piece, pieces
 from jaxllm.hf.wrappers import Rename
 from jaxllm.models import Model
 
@@ -69,29 +70,45 @@ def _read_parameter(
         pairs = zip(index, shape, strict=True)
         bounds = tuple(part.indices(size)[:2] for part, size in pairs)
         devices_by_bounds.setdefault(bounds, []).append(device)
-    found = list(pieces(model, folder.family, path))
-    parts = []
-    for bounds, devices in devices_by_bounds.items():
-        size = tuple(stop - start for start, stop in bounds)
-        buffers = [_zeros(size, device) for device in devices]
-        for piece in found:
-            lead = len(piece.place)
-            at = [p - b[0] for p, b in zip(piece.place, bounds, strict=False)]
-            if not all(0 <= a < n for a, n in zip(at, size, strict=False)):
-                continue
-            view = piece.view(folder.tensor(rename(piece.name)))
-            inner = bounds[lead:]
-            for block in piece.blocks(_within(inner, view.shape)):
-                starts = [b[0] - i[0] for b, i in zip(block, inner, strict=True)]
-                part = view[tuple(slice(*each) for each in block)]
-                part = part.reshape((1,) * lead + part.shape)
-                buffers = [
-                    _put(buffer, jax.device_put(part, device), (*at, *starts))
-                    for buffer, device in zip(buffers, devices, strict=True)
-                ]
-                jax.block_until_ready(buffers)  # else many blocks would be in memory
-        parts += buffers
+    buffers = {
+        bounds: [_zeros(tuple(b - a for a, b in bounds), each) for each in devices]
+        for bounds, devices in devices_by_bounds.items()
+    }
+    for piece in pieces(model, folder.family, path):
+        held = [bounds for bounds in buffers if _holds(bounds, piece.place)]
+        if not held:
+            continue
+        view = piece.view(folder.tensor(rename(piece.name), piece.expert))
+        for bounds in held:
+            buffers[bounds] = _write(buffers[bounds], bounds, piece, view)
+    parts = [buffer for each in buffers.values() for buffer in each]
     return jax.make_array_from_single_device_arrays(shape, place, parts)
+
+
+def _holds(bounds: Bounds, place: tuple[int, ...]) -> bool:
+    """Returns whether leading indices are within bounds."""
+    return all(
+        start <= at < stop for at, (start, stop) in zip(place, bounds, strict=False)
+    )
+
+
+def _write(
+    buffers: list[jax.Array], bounds: Bounds, piece: Piece, view: np.ndarray
+) -> list[jax.Array]:
+    """Returns the buffers of these bounds with the part of a piece that is in them."""
+    lead = len(piece.place)
+    inner = bounds[lead:]
+    at = [p - b[0] for p, b in zip(piece.place, bounds, strict=False)]
+    for block in piece.blocks(_within(inner, view.shape)):
+        starts = [b[0] - i[0] for b, i in zip(block, inner, strict=True)]
+        part = view[tuple(slice(*each) for each in block)]
+        part = part.reshape((1,) * lead + part.shape)
+        buffers = [
+            _put(buffer, jax.device_put(part, buffer.device), (*at, *starts))
+            for buffer in buffers
+        ]
+        jax.block_until_ready(buffers)  # else many blocks would be in memory
+    return buffers
 
 
 def _within(bounds: Bounds, shape: tuple[int, ...]) -> Bounds:

@@ -12,9 +12,12 @@ from jaxllm.hf.table import (
     KEYS,
     LAYER,
     LLAMA,
+    PRE_NORMS,
     SILU,
     Family,
     Tensor,
+    attention,
+    ends,
     experts,
 )
 
@@ -127,6 +130,60 @@ MIXTURES: Mapping[str, Family] = {
             "mlp/down": Tensor(
                 LAYER + "block_sparse_moe.output_linear.weight", "E D F"
             ),
+        },
+    ),
+    "gpt_oss": Family(
+        architecture="GptOssForCausalLM",
+        # Top-k of the logits, then a softmax of those: a softmax renormalised.
+        fixed={
+            "moe.router": "softmax",
+            "moe.renormalize": True,
+            "variant.attention_sinks": True,
+        },
+        keys=KEYS
+        | {
+            "moe.num_experts": "num_local_experts",
+            "moe.experts_per_token": "num_experts_per_tok",
+            "variant.mlp_limit": "swiglu_limit",
+        },
+        aliases={"num_experts_per_tok": "experts_per_token"},
+        defaults=BASE
+        | dict(
+            rms_norm_eps=1e-5,
+            rope_theta=150_000.0,
+            rope_parameters=dict(
+                rope_type="yarn",
+                factor=32.0,
+                truncate=False,
+                original_max_position_embeddings=4096,
+            ),
+            head_dim=64,
+            sliding_window=128,
+            swiglu_limit=7.0,
+            num_local_experts=128,
+            num_experts_per_tok=4,
+        ),
+        windows="layer_types",
+        full_every=2,
+        activations={"silu": "swiglu_clamped"},
+        biases={"attention_bias=True": "all"},
+        quantized=("mxfp4",),
+        requires={"swiglu_alpha": (1.702,)},
+        ignored=("initial_context_length",),
+        tensors=attention()
+        | PRE_NORMS
+        | ends()
+        | {
+            "mlp/router": Tensor(LAYER + "mlp.router.weight", "R D"),
+            "mlp/router_logit_bias": Tensor(LAYER + "mlp.router.bias", "E"),
+            "mlp/gate": Tensor(LAYER + "mlp.experts.gate_up_proj", "E D F2"),
+            "mlp/up": Tensor(LAYER + "mlp.experts.gate_up_proj", "E D F2", index=1),
+            "mlp/down": Tensor(LAYER + "mlp.experts.down_proj", "E F D"),
+            "mlp/gate_bias": Tensor(LAYER + "mlp.experts.gate_up_proj_bias", "E F2"),
+            "mlp/up_bias": Tensor(
+                LAYER + "mlp.experts.gate_up_proj_bias", "E F2", index=1
+            ),
+            "mlp/down_bias": Tensor(LAYER + "mlp.experts.down_proj_bias", "E D"),
         },
     ),
 }

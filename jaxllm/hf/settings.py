@@ -11,11 +11,13 @@ from jaxllm.config import ModelConfig, MoEConfig, RopeConfig, VariantConfig
 from jaxllm.config.files import check_types
 from jaxllm.errors import InputError
 from jaxllm.hf.families import FAMILIES
+from jaxllm.hf.quantized import check_blocks
 from jaxllm.hf.rope import SCALINGS, Settings
 from jaxllm.hf.table import DROPOUTS, IGNORED, Family
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 PART = "partial_rotary_factor"
+QUANTIZATION = "quantization_config"
 _SECTIONS = {"moe": MoEConfig, "rope": RopeConfig, "variant": VariantConfig}
 
 
@@ -36,6 +38,7 @@ def read_model(config: Mapping[str, Any], place: str) -> tuple[str, ModelConfig]
             f"known are {', '.join(sorted(FAMILIES))}."
         )
     _check_architectures(config, place)
+    config = _without_quantization(config, FAMILIES[model_type], place)
     reader = _Reader(FAMILIES[model_type], config, place)
     try:
         settings = reader.read()
@@ -67,6 +70,24 @@ def _check_architectures(config: Mapping[str, Any], place: str) -> None:
             f"another class than {ours}; remove auto_map if the model is plain "
             f"{config['model_type']}."
         )
+
+
+def _without_quantization(
+    config: Mapping[str, Any], family: Family, place: str
+) -> Mapping[str, Any]:
+    """Returns config.json without how tensors are stored, if they can be read."""
+    found = config.get(QUANTIZATION)
+    if found is None:
+        return config
+    method = found.get("quant_method") if isinstance(found, dict) else None
+    if method not in family.quantized:
+        raise InputError(
+            f"{place}: quantization_config.quant_method={method!r} cannot be read for "
+            f"model_type={config['model_type']}, only {' or '.join(family.quantized)}; "
+            "give the folder of the model that was quantized."
+        )
+    check_blocks(found, place)
+    return {key: value for key, value in config.items() if key != QUANTIZATION}
 
 
 @dataclasses.dataclass
@@ -283,6 +304,8 @@ class _Reader:
         for key in ("rope_parameters", "rope_scaling", "rope_theta"):
             self._read.add(key)
         old, new = self.config.get("rope_scaling"), self.config.get("rope_parameters")
+        if new is None and "rope_scaling" not in self.config:
+            new = self.family.defaults.get("rope_parameters")
         names = ("rope_theta", "rotary_emb_base")
         given = [self.config[name] for name in names if self.config.get(name)]
         theta = given[0] if given else self.family.defaults["rope_theta"]

@@ -22,7 +22,8 @@ class Tensor:
         this: "N3H D" has query, key and value of a head together. A dimension with + is
         those of several parameters, one behind the other.
       after: letters of what is before it in the dimension with +: "NH KH".
-      index: of this parameter along the digit.
+      index: of this parameter along the digit. Behind the letters it is the fastest:
+        "F2" has gate and up in turn.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Family:
       activations: `mlp` by the activation's name.
       activation_key: the key with that name.
       biases: `bias` by the values of keys.
+      quantized: values of quant_method whose tensors can be read.
       requires: keys that must have one of these values; others would change results.
       ignored: keys that change no result, beside those of all families.
       tensors: where each parameter is, by its path without the number of the block.
@@ -72,6 +74,7 @@ class Family:
     activations: Mapping[str, str] = dataclasses.field(default_factory=dict)
     activation_key: str = "hidden_act"
     biases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    quantized: tuple[str, ...] = ("fp8",)
     requires: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     tensors: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)

@@ -30,6 +30,7 @@ class Piece:
       sizes: of each letter.
       starts: where it begins along each dimension of the file's tensor, in elements.
       shape: of the file's tensor.
+      expert: along a first dimension E that the piece is one of; None: it has none.
     """
 
     tensor: Tensor
@@ -39,17 +40,24 @@ class Piece:
     sizes: Mapping[str, int]
     starts: tuple[int, ...]
     shape: tuple[int, ...]
+    expert: int | None = None
 
     @property
     def dims(self) -> list[str]:
-        """The letters, and at most a digit, of each dimension in the file."""
-        return self.tensor.dims.replace("+", "").split()
+        """The letters, and at most a digit, of each dimension of the piece."""
+        dims = self.tensor.dims.replace("+", "").split()
+        return dims if self.expert is None else dims[1:]
 
     def view(self, tensor: np.ndarray) -> np.ndarray:
-        """Returns the piece within the file's tensor, as a view of it."""
+        """Returns the piece within the file's tensor, as a view of it.
+
+        Args:
+          tensor: without the dimension E, if the piece is of one `expert`.
+        """
+        starts = self.starts if self.expert is None else self.starts[1:]
         ends = (
             slice(start, start + math.prod(self._sizes(dims)))
-            for start, dims in zip(self.starts, self.dims, strict=True)
+            for start, dims in zip(starts, self.dims, strict=True)
         )
         spread = tensor[tuple(ends)]
         spread = spread.reshape([n for dims in self.dims for n in self._sizes(dims)])
@@ -91,7 +99,9 @@ def pieces(model: Model, family: Family, path: str) -> Iterator[Piece]:
     inner = (
         letters.removeprefix("L") if len(layers) > 1 or letters[0] == "L" else letters
     )
-    by_expert = "{e}" in tensor.name
+    # One at a time also out of a tensor of all experts, which may be large.
+    of_all = tensor.dims.startswith("E ") and len(letters.removeprefix("L")) > 2
+    by_expert = "{e}" in tensor.name or of_all
     inner = inner.removeprefix("E") if by_expert else inner
     for place, layer in enumerate(layers):
         for expert in range(sizes["E"] if by_expert else 1):
@@ -106,6 +116,7 @@ def pieces(model: Model, family: Family, path: str) -> Iterator[Piece]:
                 sizes=sizes,
                 starts=_starts(tensor, sizes),
                 shape=_file_shape(tensor, family, sizes),
+                expert=expert if of_all else None,
             )
 
 

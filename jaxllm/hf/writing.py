@@ -144,6 +144,8 @@ def _write_rope(family: Family, model: ModelConfig) -> dict[str, Any]:
         top["rope_scaling"] = {"type": kind, **scaling}
         top["original_max_position_embeddings"] = rope.original_length
         top["max_position_embeddings"] = round(rope.factor * rope.original_length)
+    elif kind == "none" and "rope_parameters" in family.defaults:
+        top["rope_scaling"] = None  # absent, it would be that of the class
     elif kind != "none":
         # Where the old key is there, both versions take theta from beside it, or in it.
         top["rope_scaling"] = {"rope_type": kind, **scaling}

@@ -24,10 +24,28 @@ from jaxllm.models.parameters import (
 ACTIVATIONS = {
     "swiglu": jax.nn.silu,
     "geglu": jax.nn.gelu,
+    "swiglu_clamped": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu": jax.nn.gelu,
     "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),
 }
+
+
+def gated(
+    activation: str, limit: float | None, up: jax.Array, gate: jax.Array
+) -> jax.Array:
+    """Returns the hidden values of a gated layer, element by element.
+
+    Args:
+      activation: of `config.mlp`.
+      limit: None, or what is clamped: the gate from above, up from both sides, and then
+        up counts from -1. Source: OpenAI, gpt-oss, its reference code.
+      up: of any shape, as gate.
+    """
+    if limit is not None:
+        gate = jnp.minimum(gate, limit)
+        up = jnp.clip(up, -limit, limit) + 1
+    return up * ACTIVATIONS[activation](gate)
 
 
 class MLP(nnx.Module):
@@ -76,5 +94,6 @@ class MLP(nnx.Module):
         up_BTF, gate_BTF = jax.lax.optimization_barrier((up_BTF, gate_BTF))
         up_BTF = checkpoint_name(up_BTF, "up")
         gate_BTF = checkpoint_name(gate_BTF, "gate")
-        activation = ACTIVATIONS[self.config.mlp]
-        return project_gated(activation, up_BTF, gate_BTF, self.down[...], rematted)
+        limit = self.config.variant.mlp_limit
+        hidden = functools.partial(gated, self.config.mlp, limit)
+        return project_gated(hidden, up_BTF, gate_BTF, self.down[...], rematted)

@@ -126,38 +126,36 @@ _DOWN = "BTF,FD->BTD"
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 4))
 def project_gated(
-    activation: Callable[[jax.Array], jax.Array],
+    hidden: Callable[[jax.Array, jax.Array], jax.Array],
     up_BTF: jax.Array,
     gate_BTF: jax.Array,
     w_FD: jax.Array,
     rematted: bool = False,
 ) -> jax.Array:
-    """Multiplies up * activation(gate) by a parameter, as `project` does.
+    """Multiplies hidden(up, gate) by a parameter, as `project` does.
 
-    The backward pass keeps up and gate only: it computes their product again in the
+    The backward pass keeps up and gate only: it computes them again in the
     pass over both that makes their gradients, where it costs no reading.
 
     Args:
-      activation: of the gate, element by element.
+      hidden: of up and gate, element by element.
       up_BTF: placed by COMPUTE, as is gate_BTF. Their dtype is the matmul's.
       w_FD: float32, placed by STORAGE.
       rematted: as for `project_all`.
     """
-    return _gated_forward(activation, up_BTF, gate_BTF, w_FD, rematted)[0]
+    return _gated_forward(hidden, up_BTF, gate_BTF, w_FD, rematted)[0]
 
 
-def _gated_forward(activation, up_BTF, gate_BTF, w_FD, rematted):
-    h_BTF = up_BTF * activation(gate_BTF)
+def _gated_forward(hidden, up_BTF, gate_BTF, w_FD, rematted):
+    h_BTF = hidden(up_BTF, gate_BTF)
     (out_BTD,), (_, kept) = _project_forward(_DOWN, h_BTF, (w_FD,), rematted)
     return out_BTD, (up_BTF, gate_BTF, kept)
 
 
-def _gated_backward(activation, rematted, saved, dout_BTD):
+def _gated_backward(hidden, rematted, saved, dout_BTD):
     up_BTF, gate_BTF, kept = saved
     dh_BTF = _input_gradient(_DOWN, rematted, kept, (dout_BTD,), like=up_BTF)
-    h_BTF, pull_back = jax.vjp(
-        lambda up_BTF, gate_BTF: up_BTF * activation(gate_BTF), up_BTF, gate_BTF
-    )
+    h_BTF, pull_back = jax.vjp(hidden, up_BTF, gate_BTF)
     (dw_FD,) = _weight_gradients(_DOWN, h_BTF, (dout_BTD,))
     return *pull_back(dh_BTF), dw_FD
 

@@ -70,8 +70,23 @@ def _layer(model: ModelConfig, *, sparse: bool) -> int:
     if model.bias in ("attention", "all"):
         layer += model.d_model
     if model.bias == "all":
-        layer += model.d_model + (_mlp_inputs(model) * model.d_ff)
+        layer += _mlp_biases(model, sparse=sparse)
     return layer
+
+
+def _mlp_biases(model: ModelConfig, *, sparse: bool) -> int:
+    """Returns the biases of an MLP, or of a router, its experts and shared ones."""
+    moe, inputs, d = model.moe, _mlp_inputs(model), model.d_model
+    if not sparse:
+        return d + inputs * model.d_ff
+    width = moe.num_shared_experts * model.d_ff_shared
+    shared = moe.num_shared_experts and d + inputs * width
+    return moe.num_experts * (1 + _expert_biases(model)) + shared
+
+
+def _expert_biases(model: ModelConfig) -> int:
+    has_biases = model.bias == "all"
+    return has_biases * (model.d_model + _mlp_inputs(model) * model.d_ff_expert)
 
 
 def _num_norms(model: ModelConfig) -> int:
@@ -89,7 +104,8 @@ def num_active_parameters(model: ModelConfig) -> int:
     moe = model.moe
     idle = moe.num_experts - moe.experts_per_token if moe.num_experts else 0
     idle *= model.num_sparse_layers
-    return num_parameters(model) - idle * _mlp(model, model.d_ff_expert)
+    each = _mlp(model, model.d_ff_expert) + _expert_biases(model)
+    return num_parameters(model) - idle * each
 
 
 def num_matmul_parameters(model: ModelConfig) -> int:

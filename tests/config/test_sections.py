@@ -186,7 +186,7 @@ MOE_REFUSED = {
     "config.model.moe.balance_weight": -0.1,
     "config.model.moe.router_z_loss": float("inf"),
     "config.model.moe.capacity_factor": 0.0,
-    "config.model.bias": "all",
+    "config.model.variant.mlp_limit": 7.0,
 }
 
 

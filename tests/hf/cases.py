@@ -29,13 +29,17 @@ draw = _drawn()
 @functools.cache
 def all_cases() -> dict[str, dict[str, Any]]:
     """Returns config.json and the shapes of all tensors, by case."""
-    return json.loads((HERE / "cases.json").read_text())["cases"]
+    files = sorted(HERE.glob("cases*.json"))
+    return {n: c for f in files for n, c in json.loads(f.read_text())["cases"].items()}
 
 
 def reference(case: str) -> dict[str, np.ndarray]:
     """Returns ids [2, 24], their logits, and greedy tokens [2, 40]; -1 is unknown."""
-    with np.load(HERE / "cases.npz") as arrays:
-        return {n: arrays[f"{case}/{n}"] for n in ("ids", "logits", "greedy")}
+    for file in HERE.glob("cases*.npz"):
+        with np.load(file) as arrays:
+            if f"{case}/ids" in arrays:
+                return {n: arrays[f"{case}/{n}"] for n in ("ids", "logits", "greedy")}
+    raise KeyError(case)
 
 
 def tensors(case: str) -> dict[str, np.ndarray]:

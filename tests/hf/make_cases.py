@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes cases.json and cases.npz: small models and what transformers says of them.
 
-In an environment with torch, transformers and numpy:
+In an environment with torch, transformers and numpy, for one or more files:
 
-python tests/hf/make_cases.py
+python tests/hf/make_cases.py cases cases_oss
 """
 
 import json
+import sys
 import tempfile
 from pathlib import Path
 
@@ -192,10 +193,32 @@ CASES = {
     "granitemoe": dict(SIZES, **LOCAL_EXPERTS, **GRANITE),
     "granitemoe_tied": dict(SIZES, **LOCAL_EXPERTS, **GRANITE, **TIED),
 }
+# Of their own routing, activations or masks.
+OSS_CASES = {
+    # The limit is low enough to act on these small weights.
+    "gpt_oss": dict(
+        WIDE | FOUR,
+        **LOCAL_EXPERTS,
+        sliding_window=5,
+        swiglu_limit=0.5,
+        rope_parameters=dict(YARN, truncate=False),
+    ),
+    "gpt_oss_tied": dict(
+        WIDE,
+        **TIED,
+        num_local_experts=5,
+        num_experts_per_tok=3,
+        sliding_window=7,
+        swiglu_limit=0.8,
+        rope_parameters=dict(PLAIN, rope_theta=1.5e5),
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+    ),
+}
+FILES = {"cases": CASES, "cases_oss": OSS_CASES}
 TYPES = sorted(
     "llama qwen2 qwen3 qwen3_moe mistral ministral ministral3 gemma gemma2 gemma3_text "
     "phi3 olmo2 olmo3 olmoe granite granitemoe smollm3 gpt2 gpt_neox starcoder2 cohere "
-    "cohere2 exaone4 glm4 seed_oss arcee mixtral".split(),
+    "cohere2 exaone4 glm4 seed_oss arcee mixtral gpt_oss".split(),
     key=len,
     reverse=True,
 )
@@ -244,9 +267,9 @@ def _continue(model, prompt: np.ndarray) -> np.ndarray:
     return np.array(made + [-1] * (NEW_TOKENS - len(made)), np.int32)
 
 
-def main() -> None:
+def main(file: str) -> None:
     facts, arrays = {"transformers": transformers.__version__, "cases": {}}, {}
-    for case, settings in CASES.items():
+    for case, settings in FILES[file].items():
         with tempfile.TemporaryDirectory() as folder:
             facts["cases"][case], found = make(case, settings, Path(folder))
         arrays |= {f"{case}/{name}": value for name, value in found.items()}
@@ -254,9 +277,10 @@ def main() -> None:
         print(case, f"{largest:.2f}", (found["greedy"] >= 0).sum(1), flush=True)
     folder = Path(__file__).parent
     text = json.dumps(facts, separators=(",", ":")) + "\n"
-    (folder / "cases.json").write_text(text)
-    np.savez_compressed(folder / "cases.npz", **arrays)
+    (folder / f"{file}.json").write_text(text)
+    np.savez_compressed(folder / f"{file}.npz", **arrays)
 
 
 if __name__ == "__main__":
-    main()
+    for name in sys.argv[1:] or FILES:
+        main(name)

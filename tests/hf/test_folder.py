@@ -37,7 +37,9 @@ from jaxllm.hf.importing import import_folder
 from jaxllm.hf.loading import read_params
 
 
-@pytest.mark.parametrize("case", ["qwen3_moe", "gpt_neox", "granitemoe", "gemma3_text"])
+@pytest.mark.parametrize(
+    "case", ["qwen3_moe", "gpt_neox", "granitemoe", "gemma3_text", "gpt_oss"]
+)
 def test_each_mesh_has_the_parameters_of_one_device(case, tmp_path):
     folder = write_folder(case, tmp_path / case)
     config, whole = load(folder)
@@ -107,7 +109,10 @@ def test_the_smallest_numbers_survive_though_their_file_is_not_aligned(dtype, tm
 
 @pytest.mark.parametrize(
     "case",
-    ["llama_plain", "gpt2", "gpt_neox", "glm4", "mixtral", "granitemoe", "gemma2"],
+    [
+        *("llama_plain", "gpt2", "gpt_neox", "glm4", "mixtral", "granitemoe"),
+        *("gemma2", "gpt_oss"),
+    ],
 )
 def test_a_model_without_origin_is_written_as_transformers_writes_it(case, tmp_path):
     config, params = load(write_folder(case, tmp_path / case))

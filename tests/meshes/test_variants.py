@@ -71,15 +71,25 @@ VARIANTS = {
         "model.rope.original_length": 8,
     },
 }
+# Each token has both experts: no rounding sends it to another one.
+VARIANTS["experts with biases"] = {
+    "model.bias": "all",
+    "model.mlp": "swiglu_clamped",
+    "model.moe.num_experts": 2,
+    "model.moe.experts_per_token": 2,
+    "model.variant.attention_sinks": True,
+    "model.variant.mlp_limit": 0.5,
+}
 slow = pytest.mark.slow
 PAIRS = [
     ("norms of outputs, over all heads", "data 2 x fsdp 2 x tensor 2"),
     *(
         pytest.param(name, "data 2 x fsdp 2 x tensor 2", marks=slow)
         for name in VARIANTS
-        if name != "norms of outputs, over all heads"
+        if name not in ("norms of outputs, over all heads", "experts with biases")
     ),
     pytest.param("norms on both sides", "context 2 x tensor 2 x fsdp 2", marks=slow),
+    pytest.param("experts with biases", "data 2 x expert 2 x tensor 2", marks=slow),
     pytest.param("learned positions", "stage 2 x fsdp 2 x tensor 2", marks=slow),
     pytest.param("a parallel block", "stage 2 x context 2 x fsdp 2", marks=slow),
 ]

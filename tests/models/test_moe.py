@@ -12,10 +12,11 @@ import pytest
 import sharding
 from jaxllm.inspect.collectives import read_collectives
 from jaxllm.models.moe.dispatch import sort_rows
-from jaxllm.models.moe.experts import LETTERS, Experts, run_experts
+from jaxllm.models.moe.experts import BIASES, LETTERS, Experts, run_experts
 
 B, T, D, F, E, A = 8, 6, 5, 6, 8, 3
 NO_EXPERT = E
+LIMIT = 0.5  # acts on about half of the values
 MESHES = {
     "expert 8": dict(expert=8),
     "fsdp 2 x expert 4": dict(fsdp=2, expert=4),
@@ -23,7 +24,7 @@ MESHES = {
 }
 
 
-def draw(width: int = D) -> dict[str, np.ndarray]:
+def draw(width: int = D, biases: bool = False) -> dict[str, np.ndarray]:
     """Returns inputs in float64: tokens, their experts, shares and weights."""
     rng = np.random.default_rng(0)
     choice = np.stack([rng.permutation(E)[:A] for _ in range(B * T)])
@@ -33,7 +34,7 @@ def draw(width: int = D) -> dict[str, np.ndarray]:
     sizes = {"B": B, "T": T, "D": width, "E": E, "F": F}
     weights = {
         name: rng.normal(size=[sizes[letter] for letter in letters]) / width**0.5
-        for name, letters in LETTERS.items()
+        for name, letters in (LETTERS | (BIASES if biases else {})).items()
     }
     return dict(x=rng.normal(size=(B, T, width)), share=share, choice=choice, **weights)
 
@@ -47,13 +48,20 @@ def loop(x, share, weights, *, choice, activation="swiglu", capacity=None):
             taken = taken.at[expert].add(1)
             fits = (expert < E) & (capacity is None or taken[expert] <= capacity)
             mine = {name: weights[name][expert % E] for name in weights}
-            hidden = token @ mine["up"]
+            hidden = token @ mine["up"] + mine.get("up_bias", 0.0)
             if activation == "gelu":
                 hidden = jax.nn.gelu(hidden)
             else:
-                act = jax.nn.silu if activation == "swiglu" else jax.nn.gelu
-                hidden *= act(token @ mine["gate"])
-            return taken, jnp.where(fits, share * (hidden @ mine["down"]), 0.0)
+                gate = token @ mine["gate"] + mine.get("gate_bias", 0.0)
+                if activation == "swiglu_clamped":
+                    gate = jnp.where(gate > LIMIT, LIMIT, gate)
+                    hidden = jnp.clip(hidden, -LIMIT, LIMIT) + 1.0
+                    hidden *= gate / (1.0 + jnp.exp(-1.702 * gate))
+                else:
+                    act = jax.nn.silu if activation == "swiglu" else jax.nn.gelu
+                    hidden *= act(gate)
+            out = hidden @ mine["down"] + mine.get("down_bias", 0.0)
+            return taken, jnp.where(fits, share * out, 0.0)
 
         x, share, choice = row
         pairs = (jnp.repeat(x, A, 0), share.reshape(-1), choice.reshape(-1))
@@ -64,7 +72,8 @@ def loop(x, share, weights, *, choice, activation="swiglu", capacity=None):
 
 
 def run(x, share, weights, *, choice, activation="swiglu", capacity=None):
-    experts = Experts(E, activation, capacity, "xla")
+    limit = LIMIT if activation == "swiglu_clamped" else None
+    experts = Experts(E, activation, capacity, "xla", limit)
     return run_experts(experts, x, share, jnp.asarray(choice), weights)
 
 
@@ -84,9 +93,9 @@ def compiled(function, activation, capacity, mesh=None):
 def values_and_gradients(
     function, inputs, activation="swiglu", capacity=None, mesh=None
 ):
-    weights = {name: inputs[name] for name in LETTERS}
+    weights = {name: inputs[name] for name in LETTERS | BIASES if name in inputs}
     if activation == "gelu":
-        del weights["gate"]
+        weights = {n: w for n, w in weights.items() if not n.startswith("gate")}
     run = compiled(function, activation, capacity, mesh)
     return jax.device_get(run(inputs["x"], inputs["share"], weights, inputs["choice"]))
 
@@ -108,6 +117,16 @@ def test_experts_equal_a_loop_over_tokens(activation, capacity):
         assert_equal_in_float64(got, expected)
 
 
+@pytest.mark.parametrize(
+    ("activation", "capacity"), [("swiglu_clamped", None), ("gelu", 2)]
+)
+def test_experts_with_biases_equal_a_loop_over_tokens(activation, capacity):
+    with jax.enable_x64(True):
+        got = values_and_gradients(run, draw(biases=True), activation, capacity)
+        expected = values_and_gradients(loop, draw(biases=True), activation, capacity)
+        assert_equal_in_float64(got, expected)
+
+
 @pytest.mark.parametrize("capacity", [None, 2])
 @pytest.mark.parametrize("kind", ["one expert", "half are empty", "padding alone"])
 def test_any_distribution_over_experts_equals_the_loop(kind, capacity):
@@ -125,14 +144,14 @@ def test_any_distribution_over_experts_equals_the_loop(kind, capacity):
 
 
 @functools.cache
-def on_mesh(name: str, capacity: int | None):
-    inputs = draw(width=8)
+def on_mesh(name: str, capacity: int | None, biases: bool = False):
+    inputs = draw(8, biases)
     mesh = sharding.make_mesh(MESHES[name])
     places = dict(x="BTD", share="BTA", choice="BTA")
     with jax.enable_x64(True), jax.set_mesh(mesh):
         for path, value in inputs.items():
             table = sharding.COMPUTE if path in places else sharding.STORAGE
-            letters = places.get(path) or LETTERS[path]
+            letters = places.get(path) or (LETTERS | BIASES)[path]
             place = sharding.named_sharding(letters, table, mesh)
             inputs[path] = jax.device_put(value, place)
         return values_and_gradients(run, inputs, capacity=capacity, mesh=name)
@@ -144,6 +163,14 @@ def test_experts_are_the_same_on_every_mesh(name, capacity):
     with jax.enable_x64(True):
         alone = values_and_gradients(run, draw(width=8), capacity=capacity)
     assert_equal_in_float64(on_mesh(name, capacity), alone)
+
+
+@pytest.mark.parametrize("capacity", [None, 2])
+def test_experts_with_biases_are_the_same_on_a_mesh(capacity):
+    with jax.enable_x64(True):
+        alone = values_and_gradients(run, draw(8, biases=True), capacity=capacity)
+    found = on_mesh("data 2 x expert 2 x tensor 2", capacity, biases=True)
+    assert_equal_in_float64(found, alone)
 
 
 def test_without_a_capacity_every_pair_has_a_row():

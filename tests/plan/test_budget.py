@@ -43,6 +43,10 @@ TINY = presets.tiny_1m()
                 num_experts=3, d_ff_expert=8, num_shared_experts=2, balance="bias"
             ),
         },
+        {
+            "bias": "all",
+            "moe": MoEConfig(num_experts=3, d_ff_expert=8, num_shared_experts=2),
+        },
     ],
 )
 def test_the_formula_counts_the_parameters_of_the_model(changes):

@@ -27,11 +27,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import sharding
-from jaxllm.models.mlp import ACTIVATIONS
+from jaxllm.models.mlp import ACTIVATIONS, gated
 from jaxllm.models.moe.dispatch import sort_rows
 from pallas_kernels.grouped_matmul import grouped_matmul
 
 LETTERS = {"up": "EDF", "gate": "EDF", "down": "EFD"}
+BIASES = {"up_bias": "EF", "gate_bias": "EF", "down_bias": "ED"}
+_LETTERS = LETTERS | BIASES
 ROWS_MULTIPLE = 8  # of rows that a kernel takes; those of one token may be fewer
 ROUTED = ("BTD", "BTA", "BTA")
 
@@ -44,6 +46,7 @@ class Experts:
     activation: str  # of ModelConfig.mlp
     capacity: int | None  # tokens of a row that an expert takes
     implementation: str  # of the grouped matmul
+    limit: float | None = None  # of a clamped activation
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -66,7 +69,8 @@ def run_experts(
       x_BTD: placed by COMPUTE; its dtype is that of the matmuls.
       share_BTA: float32.
       choice_BTA: int32; num_experts is no expert.
-      weights: float32, placed by STORAGE; "up", "down" and maybe "gate", by LETTERS.
+      weights: float32, placed by STORAGE; "up", "down" and maybe "gate", by LETTERS,
+        and maybe a bias of each, by BIASES.
     """
     names = tuple(weights)
 
@@ -77,7 +81,7 @@ def run_experts(
         out = forward(experts, x, share, choice, used)
         return jax.lax.psum(out, axes) if axes else out
 
-    ins = (*ROUTED, *(LETTERS[name] for name in names))
+    ins = (*ROUTED, *(_LETTERS[name] for name in names))
     used = _gathered(weights, x_BTD.dtype)
     return sharding.local(block, ins, "BTD")(x_BTD, share_BTA, choice_BTA, *used)
 
@@ -102,12 +106,14 @@ def _backward(experts, saved, dout_BTD):
         dx, dshare, dweights = backward(experts, dout, x, share, choice, used)
         if axes:
             dx, dshare = jax.lax.psum((dx, dshare), axes)
+            if "down_bias" in dweights:
+                dweights["down_bias"] = jax.lax.psum(dweights["down_bias"], axes)
         reduced = (
-            sharding.reduce_to_storage(dweights[name], LETTERS[name]) for name in names
+            sharding.reduce_to_storage(dweights[name], _LETTERS[name]) for name in names
         )
         return dx, dshare, *reduced
 
-    letters = [LETTERS[name] for name in names]
+    letters = [_LETTERS[name] for name in names]
     stored = (sharding.out_sharding(axes, sharding.STORAGE) for axes in letters)
     run = sharding.local(block, ("BTD", *ROUTED, *letters), ("BTD", "BTA", *stored))
     used = _gathered(weights, x_BTD.dtype)
@@ -119,7 +125,10 @@ run_experts.defvjp(_forward, _backward)
 
 
 def _gathered(weights, dtype):
-    return [sharding.gather(w, LETTERS[name], dtype) for name, w in weights.items()]
+    return [
+        sharding.gather(w, _LETTERS[name], w.dtype if name in BIASES else dtype)
+        for name, w in weights.items()
+    ]
 
 
 def _mlp(experts, rows, share, sizes, weights):
@@ -133,15 +142,70 @@ def _mlp(experts, rows, share, sizes, weights):
         implementation=experts.implementation,
     )
     wide = np.promote_types(rows.dtype, np.float32)
-    hidden = product(rows, weights["up"]).astype(wide)
-    activation = ACTIVATIONS[experts.activation]
+    add_bias = functools.partial(_add_bias, weights, sizes, rows.dtype)
+    hidden = add_bias("up_bias", product(rows, weights["up"]).astype(wide))
     if "gate" in weights:
-        hidden = hidden * activation(product(rows, weights["gate"]).astype(wide))
+        gate = add_bias("gate_bias", product(rows, weights["gate"]).astype(wide))
+        hidden = gated(experts.activation, experts.limit, hidden, gate)
     else:
-        hidden = activation(hidden)
+        hidden = ACTIVATIONS[experts.activation](hidden)
     # Here and not on the output: its gradient then recomputes no output.
-    hidden = hidden * share[:, None].astype(wide)
-    return product(hidden.astype(rows.dtype), weights["down"])[:num_rows]
+    share = share[:, None].astype(wide)
+    out = product((hidden * share).astype(rows.dtype), weights["down"])
+    if "down_bias" in weights:
+        times = share
+        if axes := sharding.axes_of("F"):
+            # Parts of the product are added up later: one of them has the bias.
+            times = jnp.where(jax.lax.axis_index(axes) == 0, share, 0.0)
+        out = add_bias("down_bias", out.astype(wide), times).astype(rows.dtype)
+    return out[:num_rows]
+
+
+def _add_bias(weights, sizes, dtype, name, out, times: jax.Array | float = 1.0):
+    """Adds each row's expert's bias, if there is one, to out [rows, width]."""
+    if name not in weights:
+        return out
+    return out + times * _bias_of_rows(weights[name], sizes, out.shape[0], dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _bias_of_rows(bias, sizes, num_rows, dtype):
+    """Returns the bias of each row's expert, zeros behind the last one's rows.
+
+    Args:
+      bias: [groups, width].
+      sizes: int32 [groups].
+      num_rows: of the result.
+      dtype: of the matmuls.
+    """
+    group = _group_of_row(sizes, num_rows)
+    return bias.at[group].get(mode="fill", fill_value=0)
+
+
+def _bias_forward(bias, sizes, num_rows, dtype):
+    return _bias_of_rows(bias, sizes, num_rows, dtype), sizes
+
+
+def _bias_backward(num_rows, dtype, sizes, dout_TF):
+    # A matmul: rows added to their expert's would come in any order on a GPU.
+    group_T = _group_of_row(sizes, num_rows)
+    is_of_TE = group_T[:, None] == jnp.arange(sizes.size, dtype=jnp.int32)[None]
+    dbias_EF = jnp.einsum(
+        "TE,TF->EF",
+        is_of_TE.astype(dtype),
+        dout_TF.astype(dtype),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=dout_TF.dtype,
+    )
+    return dbias_EF, None
+
+
+_bias_of_rows.defvjp(_bias_forward, _bias_backward)
+
+
+def _group_of_row(sizes, num_rows):
+    rows = jnp.arange(num_rows, dtype=jnp.int32)
+    return jnp.searchsorted(jnp.cumsum(sizes), rows, side="right").astype(jnp.int32)
 
 
 def _mlp_backward(experts, rows, share, sizes, weights, dout):

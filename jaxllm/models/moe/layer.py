@@ -32,6 +32,13 @@ class MoE(nnx.Module):
         self.router = matrix(keys[0], (d, e), "DR", 0.02)
         if moe.has_choice_bias:
             self.router_bias = vector(0.0, (e,), "R")
+        if config.bias == "all":
+            # E, not R: it is trained by the loss, as no balancing bias is.
+            self.router_logit_bias = vector(0.0, (e,), "E")
+            self.up_bias = vector(0.0, (e, f), "EF")
+            self.down_bias = vector(0.0, (e, d), "ED")
+            if config.mlp not in PLAIN_MLPS:
+                self.gate_bias = vector(0.0, (e, f), "EF")
         self.up = matrix(keys[1], (e, d, f), "EDF", d**-0.5)
         if config.mlp not in PLAIN_MLPS:
             self.gate = matrix(keys[2], (e, d, f), "EDF", d**-0.5)
@@ -66,10 +73,13 @@ class MoE(nnx.Module):
             activation=self.config.mlp,
             capacity=capacity,
             implementation=self.kernels.grouped_matmul,
+            limit=self.config.variant.mlp_limit,
         )
         weights = {"up": self.up[...], "down": self.down[...]}
         if self.config.mlp not in PLAIN_MLPS:
             weights["gate"] = self.gate[...]
+        if self.config.bias == "all":
+            weights |= {f"{x}_bias": getattr(self, f"{x}_bias")[...] for x in weights}
         with jax.named_scope("experts"):
             out_BTD = run_experts(
                 experts, whole_BTD, routes.share_BTA, routes.choice_BTA, weights
@@ -93,13 +103,17 @@ class MoE(nnx.Module):
     def _logits(self, x_BTD):
         router_DR = sharding.gather(self.router[...], "DR", jnp.float32)
         # GPUs would round both to TF32, and near scores would change places.
-        return jnp.einsum(
+        logits_BTR = jnp.einsum(
             "BTD,DR->BTR",
             x_BTD.astype(jnp.float32),
             router_DR,
             precision=jax.lax.Precision.HIGHEST,
             out_sharding=sharding.out_sharding("BTR"),
         )
+        if self.config.bias == "all":
+            bias = sharding.gather(self.router_logit_bias[...], "E", jnp.float32)
+            logits_BTR = logits_BTR + sharding.constrain(bias, "R")[None, None]
+        return logits_BTR
 
     def _capacity(self, num_tokens: int) -> int | None:
         moe = self.config.moe
