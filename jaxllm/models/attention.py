@@ -132,10 +132,18 @@ class Attention(nnx.Module):
             window=self.layer.window,
             exchange=self.kernels.context,
         )
-        segments = () if segments_BT is None else (segments_BT,)
-        ins = ("BTNH", "BTKH", "BTKH", *("BT" for _ in segments))
-        attention = sharding.local(attention, ins, "BTNH")
-        return attention(q_BTNH, k_BTKH, v_BTKH, *segments)
+        given = {} if segments_BT is None else {"segments_BT": ("BT", segments_BT)}
+        if self.config.variant.attention_sinks:
+            given["sinks_N"] = ("N", self.sinks[...])
+        letters, arrays = zip(*given.values(), strict=True) if given else ((), ())
+
+        def attend(q_BTNH, k_BTKH, v_BTKH, *arrays):
+            named = dict(zip(given, arrays, strict=True))
+            return attention(q_BTNH, k_BTKH, v_BTKH, **named)
+
+        ins = ("BTNH", "BTKH", "BTKH", *letters)
+        attend = sharding.local(attend, ins, "BTNH")
+        return attend(q_BTNH, k_BTKH, v_BTKH, *arrays)
 
     def _attend_cached(self, q_BTNH, cache, positions_BT):
         # cuDNN takes no query positions, whatever it does in training.

@@ -49,10 +49,11 @@ class ContextAttention:
         k_BTKH: jax.Array,
         v_BTKH: jax.Array,
         segments_BT: jax.Array | None = None,
+        sinks_N: jax.Array | None = None,
     ) -> jax.Array:
         """Returns out_BTNH of this device's queries."""
         ranges = key_ranges_in_text(q_BTNH.shape, segments_BT, self.window)
-        return attention_with_gradient(self, q_BTNH, k_BTKH, v_BTKH, *ranges)
+        return attention_with_gradient(self, q_BTNH, k_BTKH, v_BTKH, *ranges, sinks_N)
 
 
 def key_ranges_in_text(
@@ -82,14 +83,21 @@ def attention_with_gradient(
     v_BTKH: jax.Array,
     start_BT: jax.Array,
     end_BT: jax.Array,
+    sinks_N: jax.Array | None,
 ) -> jax.Array:
     """Returns out_BTNH of this device's queries, with a gradient of its own."""
-    return _forward(how, q_BTNH, k_BTKH, v_BTKH, start_BT, end_BT)[0]
+    return _forward(how, q_BTNH, k_BTKH, v_BTKH, start_BT, end_BT, sinks_N)[0]
 
 
 def _forward(how, *inputs):
+    *arrays, sinks_N = inputs
     forward = {"all_gather": _gather_forward, "ring": _ring_forward}[how.exchange]
-    out_BTNH, lse_BNT = forward(how.attention, *inputs)
+    out_BTNH, lse_BNT = forward(how.attention, *arrays)
+    if sinks_N is not None:
+        # One more key for all devices together, without a value.
+        sinks_BNT = jnp.broadcast_to(sinks_N[None, :, None], lse_BNT.shape)
+        none_BTNH = jnp.zeros_like(out_BTNH)
+        out_BTNH, lse_BNT = merge_parts(out_BTNH, lse_BNT, none_BTNH, sinks_BNT)
     # As in pallas_kernels: what remat shall keep must be named here.
     out_BTNH = checkpoint_name(out_BTNH, "attention")
     lse_BNT = checkpoint_name(lse_BNT, "attention_lse")
@@ -97,13 +105,19 @@ def _forward(how, *inputs):
 
 
 def _backward(how, saved, dout_BTNH):
-    inputs, out_BTNH, lse_BNT = saved
+    (*inputs, sinks_N), out_BTNH, lse_BNT = saved
     backward = {"all_gather": _gather_backward, "ring": _ring_backward}[how.exchange]
     dqkv = backward(how.attention, inputs, (out_BTNH, lse_BNT, dout_BTNH))
+    dsinks_N = None
+    if sinks_N is not None:
+        delta_BTN = (_wide(out_BTNH) * _wide(dout_BTNH)).sum(-1)
+        weight_BNT = jnp.exp(sinks_N[None, :, None] - lse_BNT)
+        dsinks_N = -(weight_BNT * delta_BTN.swapaxes(1, 2)).sum((0, 2))
     return (
         *(d.astype(x.dtype) for d, x in zip(dqkv, inputs[:3], strict=True)),
         None,
         None,
+        dsinks_N,
     )
 
 

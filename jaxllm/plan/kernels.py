@@ -59,13 +59,9 @@ def check_kernels(config: Config, mesh: Mesh) -> None:
 
 
 def _choose_attention(config: Config, mesh: Mesh) -> Choice:
-    model, sinks = config.model, config.model.variant.attention_sinks
-    if sinks and mesh.shape["context"] > 1:
-        raise InputError(
-            f"config.mesh.context={mesh.shape['context']} shards rows, over which "
-            "config.model.variant.attention_sinks=True is not summed; use "
-            "config.mesh.context=1."
-        )
+    model = config.model
+    # Where rows are cut, sinks are added to what the kernels give.
+    sinks = model.variant.attention_sinks and mesh.shape["context"] == 1
     length = config.data.sequence_length // mesh.shape["context"]
     integers_BT = _shape(1, length, dtype="int32")
     return pallas_kernels.choose_attention(

@@ -35,7 +35,7 @@ def write_mxfp4(folder: Path) -> dict[str, np.ndarray]:
     (folder / "config.json").write_text(json.dumps(config))
     plain, stored = {}, {}
     for name, shape in case["shapes"].items():
-        shape = tuple(WIDER[size] if size in WIDER else size for size in shape)
+        shape = tuple(WIDER[n] if n in WIDER else n for n in shape)
         if not name.endswith(("gate_up_proj", "down_proj")):
             stored[name] = plain[name] = draw("gpt_oss", name, shape)
             continue

@@ -46,12 +46,15 @@ def to_zigzag(x: np.ndarray | jax.Array, size: int) -> np.ndarray:
     return np.concatenate([chunks[i] for i in order], 1)
 
 
+SINKS = jnp.array([0.3, -1.0, 2.0, 4.0], jnp.float32)
+
+
 @functools.cache
-def whole(mask: str):
+def whole(mask: str, sinks: bool = False):
     """Returns output and gradients of attention on one device, from the reference."""
     packed, window, softcap = MASKS[mask]
 
-    def run(q, k, v):
+    def run(q, k, v, *sinks_N):
         return pallas_kernels.attention(
             q,
             k,
@@ -59,9 +62,11 @@ def whole(mask: str):
             segments_BT=jnp.asarray(documents()) if packed else None,
             window=window,
             softcap=softcap,
+            sinks_N=sinks_N[0] if sinks_N else None,
         )
 
-    out, pullback = jax.vjp(run, heads(0, N), heads(1, K), heads(2, K))
+    added = (SINKS,) if sinks else ()
+    out, pullback = jax.vjp(run, heads(0, N), heads(1, K), heads(2, K), *added)
     return out, *pullback(heads(3, N))
 
 
@@ -92,6 +97,36 @@ def test_a_cut_row_gives_the_output_and_gradients_of_a_whole_one(exchange, size,
         np.testing.assert_allclose(
             x, to_zigzag(expected, size), rtol=2e-5, atol=2e-6, err_msg=name
         )
+
+
+@pytest.mark.parametrize("mask", ["causal", ALL])
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_a_sink_counts_once_for_a_cut_row(exchange, mask):
+    packed, window, softcap = MASKS[mask]
+    attend = ContextAttention(RangedAttention(softcap=softcap), window, exchange)
+    segments = (documents(),) if packed else ()
+    letters = ("BTNH", "BTKH", "BTKH", "N", *("BT" for _ in segments))
+
+    def with_sinks(q, k, v, sinks_N, *segments):
+        return attend(q, k, v, *segments, sinks_N=sinks_N)
+
+    @jax.jit
+    def run(dout, *arrays):
+        out, pullback = jax.vjp(sharding.local(with_sinks, letters, "BTNH"), *arrays)
+        return out, *pullback(dout)[:4]
+
+    with jax.set_mesh(sharding.make_mesh({"context": 4, "tensor": 2})):
+        arrays = (heads(0, N), heads(1, K), heads(2, K), SINKS, *segments)
+        placed = [
+            place(to_zigzag(a, 4) if "T" in x else a, x)
+            for a, x in zip(arrays, letters, strict=True)
+        ]
+        found = run(place(to_zigzag(heads(3, N), 4), "BTNH"), *placed)
+    for name, x, expected in zip(
+        ("out", "dq", "dk", "dv", "dsinks"), found, whole(mask, True), strict=True
+    ):
+        wanted = expected if name == "dsinks" else to_zigzag(expected, 4)
+        np.testing.assert_allclose(x, wanted, rtol=2e-5, atol=4e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])
