@@ -23,6 +23,7 @@ class RopeConfig:
 
     dims: int = 0  # leading dimensions of a head that are rotated; 0: all of them
     interleaved: bool = False  # rotate neighbouring pairs; false: pairs across halves
+    reversed: bool = False  # turn heads by the negative of the position
     layers: tuple[bool, ...] = (True,)  # whether RoPE is in each layer, cyclic
     window_theta: float | None = None  # theta of layers with a window; None: rope_theta
     scaling: Scaling = "none"  # scaling of the frequencies to longer rows

@@ -4,6 +4,7 @@
 from collections.abc import Mapping
 
 from jaxllm.hf.table import (
+    ATTENTION_BIASES,
     BASE,
     BIASES,
     BOTH_NORMS,
@@ -277,5 +278,20 @@ DENSE: Mapping[str, Family] = {
         activations={"relu2": "relu2"},
         biases=BIASES,
         tensors=LLAMA,
+    ),
+    "nanochat": Family(
+        architecture="NanoChatForCausalLM",
+        fixed={
+            "qk_norm": True,
+            "rope.reversed": True,
+            "variant.embedding_norm": True,
+            "variant.norm_scale": False,
+            "variant.qk_norm": "rotated",
+        },
+        keys=KEYS | {"logit_softcap": "final_logit_softcapping"},
+        defaults=BASE | dict(final_logit_softcapping=15.0),
+        activations={"relu2": "relu2"},
+        biases=ATTENTION_BIASES,
+        tensors=attention() | mlp(up="fc1", down="fc2") | ends(),
     ),
 }

@@ -123,7 +123,9 @@ class _Reader:
         for name, key in self.family.keys.items():
             inverse = key.startswith("1/")
             value = self.get(key.removeprefix("1/"))
-            if value is None and name in ("attention_softcap", "logit_softcap"):
+            # A soft cap that is null is none, whatever the class's default.
+            off = self.config.get(key, "absent") is None
+            if name.endswith("softcap") and (off or value is None):
                 continue
             if inverse and value is not None:
                 value = 1 / value

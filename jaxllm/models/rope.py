@@ -46,6 +46,8 @@ def rotate(
         magnitude = rope.magnitude or 1.0
     angles = positions_BT[:, :, None].astype(jnp.float32) * speeds[None, None]
     cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+    if rope.reversed:
+        sin = -sin
     if magnitude != 1.0:
         cos, sin = cos * magnitude, sin * magnitude
     return _turn(x_BTNH, cos, sin, dims, rope.interleaved)

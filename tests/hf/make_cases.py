@@ -213,12 +213,20 @@ OSS_CASES = {
         rope_parameters=dict(PLAIN, rope_theta=1.5e5),
         layer_types=["full_attention", "sliding_attention", "full_attention"],
     ),
+    "nanochat": dict(WIDE, final_logit_softcapping=1.5),
+    "nanochat_tied": dict(
+        SIZES,
+        **TIED,
+        attention_bias=True,
+        final_logit_softcapping=None,
+        rope_parameters=dict(PLAIN, rope_theta=5e3),
+    ),
 }
 FILES = {"cases": CASES, "cases_oss": OSS_CASES}
 TYPES = sorted(
     "llama qwen2 qwen3 qwen3_moe mistral ministral ministral3 gemma gemma2 gemma3_text "
     "phi3 olmo2 olmo3 olmoe granite granitemoe smollm3 gpt2 gpt_neox starcoder2 cohere "
-    "cohere2 exaone4 glm4 seed_oss arcee mixtral gpt_oss".split(),
+    "cohere2 exaone4 glm4 seed_oss arcee mixtral gpt_oss nanochat".split(),
     key=len,
     reverse=True,
 )

@@ -26,7 +26,7 @@ TOLERANCE = 24 * float(np.finfo(np.float32).eps)
 FAST = (
     *("llama_llama3", "qwen3_yarn", "gemma2", "gemma3_text", "phi3_window", "olmo3"),
     *("gpt2", "gpt_neox", "cohere_qk_norm", "smollm3", "granitemoe", "ministral3"),
-    "gpt_oss",
+    *("gpt_oss", "nanochat"),
 )
 CASES = [
     pytest.param(case, marks=() if case in FAST else pytest.mark.slow)
