@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes cases.json and cases.npz: small models and what transformers says of them.
 
-In an environment with torch, transformers and numpy, for one or more files:
+And others, by FILES. In an environment with torch, transformers and numpy:
 
-python tests/hf/make_cases.py cases cases_oss
+python tests/hf/make_cases.py [cases_mixtures]
 """
 
 import json
@@ -222,11 +222,99 @@ OSS_CASES = {
         rope_parameters=dict(PLAIN, rope_theta=5e3),
     ),
 }
-FILES = {"cases": CASES, "cases_oss": OSS_CASES}
+HYBRID = dict(
+    shared_intermediate_size=20,
+    mamba_n_heads=4,
+    layer_types=["full_attention"] * 3,
+)
+QWEN2_MOE = dict(EXPERTS, moe_intermediate_size=12, shared_expert_intermediate_size=20)
+DEEPSEEK = dict(n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=12)
+ERNIE = dict(FOUR, moe_num_experts=4, moe_k=2, moe_intermediate_size=12)
+MIXTURES = {
+    "qwen2_moe": dict(SIZES, **QWEN2_MOE),
+    "qwen2_moe_interval": dict(
+        SIZES,
+        **QWEN2_MOE,
+        **TIED,
+        **FOUR,
+        norm_topk_prob=True,
+        qkv_bias=False,
+        decoder_sparse_step=2,
+    ),
+    "qwen3_moe_first_dense": dict(
+        WIDE, **EXPERTS, moe_intermediate_size=12, mlp_only_layers=[0]
+    ),
+    "qwen3_moe_listed": dict(
+        WIDE,
+        **EXPERTS,
+        **TIED,
+        num_hidden_layers=5,
+        moe_intermediate_size=12,
+        norm_topk_prob=True,
+        mlp_only_layers=[0, 3],
+    ),
+    "glm4_moe": dict(
+        SIZES,
+        **DEEPSEEK,
+        head_dim=8,
+        n_group=4,
+        topk_group=2,
+        n_shared_experts=1,
+        routed_scaling_factor=1.5,
+        first_k_dense_replace=1,
+        attention_bias=True,
+    ),
+    "glm4_moe_tied": dict(
+        SIZES,
+        **DEEPSEEK,
+        **TIED,
+        head_dim=8,
+        n_shared_experts=2,
+        norm_topk_prob=False,
+        first_k_dense_replace=2,
+        use_qk_norm=True,
+        rope_parameters=dict(PLAIN, rope_theta=5e3, partial_rotary_factor=0.25),
+    ),
+    "dots1": dict(
+        WIDE,
+        **DEEPSEEK,
+        n_group=2,
+        topk_group=1,
+        n_shared_experts=2,
+        routed_scaling_factor=2.5,
+        norm_topk_prob=True,
+        first_k_dense_replace=1,
+        sliding_window=5,
+        max_window_layers=1,
+    ),
+    "dots1_tied": dict(
+        WIDE, **DEEPSEEK, **TIED, n_shared_experts=1, attention_bias=True
+    ),
+    "minimax_m2": dict(SIZES, **LOCAL_EXPERTS, head_dim=8, rotary_dim=4),
+    "minimax_m2_tied": dict(WIDE, **LOCAL_EXPERTS, **TIED),
+    "granitemoehybrid": dict(
+        SIZES, **LOCAL_EXPERTS, **GRANITE, **HYBRID, position_embedding_type="rope"
+    ),
+    "granitemoehybrid_dense": dict(
+        SIZES, **GRANITE, **HYBRID, **TIED, num_local_experts=0, attention_bias=True
+    ),
+    "ernie4_5_moe": dict(SIZES, **ERNIE, moe_num_shared_experts=1),
+    "ernie4_5_moe_interval": dict(
+        WIDE,
+        **ERNIE,
+        **UNTIED,
+        moe_num_shared_experts=2,
+        moe_layer_start_index=0,
+        moe_layer_interval=2,
+    ),
+}
+# By the name of the files, so that new cases leave the bytes of others alone.
+FILES = {"cases": CASES, "cases_oss": OSS_CASES, "cases_mixtures": MIXTURES}
 TYPES = sorted(
     "llama qwen2 qwen3 qwen3_moe mistral ministral ministral3 gemma gemma2 gemma3_text "
     "phi3 olmo2 olmo3 olmoe granite granitemoe smollm3 gpt2 gpt_neox starcoder2 cohere "
-    "cohere2 exaone4 glm4 seed_oss arcee mixtral gpt_oss nanochat".split(),
+    "cohere2 exaone4 glm4 seed_oss arcee mixtral gpt_oss nanochat qwen2_moe glm4_moe "
+    "dots1 minimax_m2 granitemoehybrid ernie4_5_moe".split(),
     key=len,
     reverse=True,
 )
@@ -275,9 +363,15 @@ def _continue(model, prompt: np.ndarray) -> np.ndarray:
     return np.array(made + [-1] * (NEW_TOKENS - len(made)), np.int32)
 
 
-def main(file: str) -> None:
+def main() -> None:
+    for name in sys.argv[1:] or FILES:
+        write(name, FILES[name])
+
+
+def write(name: str, cases: dict[str, dict]) -> None:
+    """Writes two files of cases."""
     facts, arrays = {"transformers": transformers.__version__, "cases": {}}, {}
-    for case, settings in FILES[file].items():
+    for case, settings in cases.items():
         with tempfile.TemporaryDirectory() as folder:
             facts["cases"][case], found = make(case, settings, Path(folder))
         arrays |= {f"{case}/{name}": value for name, value in found.items()}
@@ -285,8 +379,8 @@ def main(file: str) -> None:
         print(case, f"{largest:.2f}", (found["greedy"] >= 0).sum(1), flush=True)
     folder = Path(__file__).parent
     text = json.dumps(facts, separators=(",", ":")) + "\n"
-    (folder / f"{file}.json").write_text(text)
-    np.savez_compressed(folder / f"{file}.npz", **arrays)
+    (folder / f"{name}.json").write_text(text)
+    np.savez_compressed(folder / f"{name}.npz", **arrays)
 
 
 if __name__ == "__main__":
