@@ -48,15 +48,27 @@ class Model:
         return Transformer(self.config, self._kernels, key)
 
 
-def logits(config: ModelConfig, params: Params, tokens_BT: jax.Array) -> jax.Array:
+def logits(
+    config: ModelConfig,
+    params: Params,
+    tokens_BT: jax.Array,
+    segments_BT: jax.Array | None = None,
+) -> jax.Array:
     """Returns float32 logits_BTV of whole rows, without a mesh.
 
     Args:
       config: of the model.
       params: its parameters, on one device.
-      tokens_BT: int32; each row is one document, from its first token on.
+      tokens_BT: int32; each row is one document, from its first token on, unless
+        segments_BT says otherwise.
+      segments_BT: int32; the tokens of a document have one number, in one piece, and
+        those of padding, before or behind, have 0: a mask of 0 and 1 is one.
     """
     module = Model(config).bind(params)
-    positions_T = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
-    positions_BT = jnp.broadcast_to(positions_T, tokens_BT.shape)
-    return module.logits(module(tokens_BT, positions_BT)[0])
+    places_T = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
+    positions_BT = jnp.broadcast_to(places_T, tokens_BT.shape)
+    if segments_BT is not None:
+        before_BT = jnp.pad(segments_BT[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+        starts_BT = jnp.where(segments_BT != before_BT, positions_BT, 0)
+        positions_BT = positions_BT - jax.lax.cummax(starts_BT, axis=1)
+    return module.logits(module(tokens_BT, positions_BT, segments_BT)[0])
