@@ -384,5 +384,4 @@ def write(name: str, cases: dict[str, dict]) -> None:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or FILES:
-        main(name)
+    main()
