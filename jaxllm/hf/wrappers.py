@@ -21,7 +21,10 @@ OTHER_HALF = (
     r"(model\.)?(vision_tower|vision_model|audio_tower|multi_modal_projector)\..*"
 )
 # Said outside by some versions, and inside by others.
-_SHARED = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id")
+_SHARED = (
+    *("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id"),
+    "quantization_config",
+)
 
 type Rename = Callable[[str], str]  # a name of the family's table to that in the files
 

@@ -231,7 +231,7 @@ QUERY = "model.layers.0.self_attn.q_proj.weight"
         (settings(architectures=["LlamaForQuestionAnswering"]), "QuestionAnswering"),
         (settings(quantization_config={"quant_method": "bitsandbytes"}), "bitsandb"),
         (settings(quantization_config={"quant_method": "awq"}), "awq"),
-        (settings(quantization_config={"quant_method": "fp8"}), "fp8"),
+        (settings(quantization_config={"quant_method": "fp8"}), "weight_block_size"),
         (settings(quantization_config={"quant_method": "compressed-tensors"}), "compr"),
         (settings(rope_parameters={"rope_type": "dynamic"}), "type 'dynamic'"),
         (settings(rope_scaling={"type": "dynamic", "factor": 2}), "type 'dynamic'"),
@@ -244,6 +244,15 @@ QUERY = "model.layers.0.self_attn.q_proj.weight"
         (
             settings(model_type="llava", text_config={}, architectures=None),
             "hidden_size is missing",
+        ),
+        (
+            settings(
+                model_type="llava",
+                text_config={},
+                architectures=None,
+                quantization_config={"quant_method": "awq"},
+            ),
+            "awq",
         ),
         (
             settings(
