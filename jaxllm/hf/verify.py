@@ -61,33 +61,42 @@ def verify(path: Path, python: str | None = None) -> list[str]:
                 f"{path}: {len(bad)} tensors are not finite, first {bad[0]}."
             )
         number = collections.Counter(folder.entry(name)["dtype"] for name in names)
-        _check_tokens(folder)
+        tokens = _check_tokens(folder)
     kinds = ", ".join(f"{number[dtype]} {dtype}" for dtype in sorted(number))
     found = f"{path}: {folder.describe()}, {len(names)} tensors ({kinds}), all finite"
+    found += tokens
     sums = check_sums(path)
     found += f"; {sums} files as in {SUMS}" if sums is not None else ""
     return [found, _compare_logits(path, python)] if python else [found]
 
 
-def _check_tokens(folder: Folder) -> None:
-    """Refuses ids of the tokenizer, and of ends of texts, that have no row."""
-    rows, known = folder.config.vocab_size, None
+def _check_tokens(folder: Folder) -> str:
+    """Refuses ids of the tokenizer, and of ends of texts, that have no row.
+
+    Returns:
+      which added tokens have none, as in intact models: Gemma 3 1B has one for images.
+    """
+    rows, known, said = folder.config.vocab_size, None, ""
     path = folder.path / TOKENIZER
     if path.is_file():
         tokenizer = load_tokenizer(str(path))
         assert isinstance(tokenizer, HFTokenizer), "a file is one"
         known = tokenizer.backend.get_vocab(with_added_tokens=True)
-        beyond = sorted((number, token) for token, number in known.items())[::-1]
-        if beyond and beyond[0][0] >= rows:
+        plain = tokenizer.backend.get_vocab(with_added_tokens=False)
+        beyond = {token: number for token, number in known.items() if number >= rows}
+        if wrong := beyond.keys() & plain.keys():
+            token = min(wrong, key=lambda each: beyond[each])
             raise InputError(
-                f"{path}: the token {beyond[0][1]!r} is {beyond[0][0]}, and the "
-                f"embedding has {rows} rows; the tokenizer is of another model."
+                f"{path}: the token {token!r} is {beyond[token]}, and the embedding "
+                f"has {rows} rows; the tokenizer is of another model."
             )
+        if beyond:
+            said = f"; no row for the added tokens {', '.join(sorted(beyond)[:3])}"
     for name in (CONFIG, GENERATION):
         if not (folder.path / name).is_file():
             continue
-        said = load_json(folder.path / name).get("eos_token_id")
-        for number in said if isinstance(said, list) else [said]:
+        ends = load_json(folder.path / name).get("eos_token_id")
+        for number in ends if isinstance(ends, list) else [ends]:
             if number is None:
                 continue
             wrong = not isinstance(number, int) or not 0 <= number < rows
@@ -97,6 +106,7 @@ def _check_tokens(folder: Folder) -> None:
                     f"{folder.path / name}: eos_token_id={number!r} is not among "
                     f"{where}, so no text would end with it."
                 )
+    return said
 
 
 def _is_finite(folder: Folder, name: str) -> bool:

@@ -11,6 +11,7 @@ from hf.cases import write_folder
 from hf.faults import INDEX, SHARDS, WEIGHTS, put, settings, write, write_shards
 from hf.test_commands import add_tokenizer
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer
 
 from jaxllm.errors import InputError
 from jaxllm.hf.sums import SUMS, write_sums
@@ -195,6 +196,20 @@ def test_a_planted_fault_is_found_and_named(fault, whole, tmp_path):
 def test_a_whole_folder_is_verified_with_its_hashes(whole):
     (said,) = verify(whole)
     assert said.endswith("all finite; 7 files as in SHA256SUMS")
+
+
+def test_an_added_token_without_a_row_is_said_and_is_no_fault(whole, tmp_path):
+    folder = tmp_path / "llama"
+    shutil.copytree(whole, folder)
+    path = folder / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.add_special_tokens(
+        [*(f"<{number}>" for number in range(31, 37)), "<image>"]
+    )
+    tokenizer.save(str(path))
+    write_sums(folder, {})
+    (said,) = verify(folder)
+    assert "; no row for the added tokens <image>;" in said
 
 
 def test_a_tied_head_that_differs_is_found(tmp_path):
