@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every family of transformers learns from text, on a mesh as on one device."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from hf.cases import all_cases
+
+from courses import LENGTH, ONE_DEVICE, ROWS, Trained, make_setup
+from courses import parameters as read_parameters
+from jaxllm import models
+from jaxllm.compare_meshes import train_on
+from jaxllm.config import Config, DataConfig, ModelConfig, OptimizerConfig, override
+from jaxllm.data.packing import BATCH_NAMES
+from jaxllm.hf.settings import read_model
+from jaxllm.step import Setup, compile_step, init_state
+
+STEPS, WORDS, COMPARED = 50, 96, 3
+TOLERANCE = 1e-6  # of a loss, as the project promises
+SUM_TOLERANCE = 1e-5  # of a gradient's norm: sums over tokens in another order
+# The first case of each family.
+FAMILIES: dict[str, str] = {}
+for name, facts in all_cases().items():
+    FAMILIES.setdefault(facts["config"]["model_type"], name)
+
+
+def shrink(model: ModelConfig) -> ModelConfig:
+    """Returns a model with all its parts, and sizes that meshes divide."""
+    mixed = len(set(model.windows)) > 1
+    window = 8 if any(model.windows) else 0
+    rotated = (True, False) if len(set(model.rope.layers)) > 1 else model.rope.layers
+    moe = model.moe
+    if moe.num_experts:
+        moe = dataclasses.replace(moe, num_experts=4, d_ff_expert=16)
+    return dataclasses.replace(
+        model,
+        vocab_size=WORDS,
+        num_layers=4,
+        d_model=32,
+        num_heads=4,
+        num_kv_heads=4 if model.num_kv_heads == model.num_heads else 2,
+        head_dim=8,
+        d_ff=48,
+        windows=(window, 0) if mixed else (window,),
+        rope=dataclasses.replace(model.rope, layers=rotated),
+        moe=moe,
+        dtype="float32",
+    )
+
+
+def config_of(family: str) -> Config:
+    _, model = read_model(all_cases()[FAMILIES[family]]["config"], family)
+    return Config(
+        steps=STEPS,
+        model=shrink(model),
+        data=DataConfig(paths=("none",), sequence_length=LENGTH, batch_size=ROWS),
+        optimizer=OptimizerConfig(lr=1e-2, warmup_steps=5, microbatches=2),
+    )
+
+
+@functools.cache
+def text() -> np.ndarray:
+    """Returns a text in ids of printable letters."""
+    source = Path(models.__file__).parent
+    found = b"".join(path.read_bytes() for path in sorted(source.glob("*.py")))
+    return np.maximum(np.frombuffer(found, np.uint8).astype(np.int32) - 32, 0) % WORDS
+
+
+def batch_of(setup: Setup, step: int) -> dict[str, jax.Array]:
+    """Returns rows of two documents, and padding."""
+    rng = np.random.default_rng(step)
+    batch = {name: np.zeros((ROWS, LENGTH), np.int32) for name in BATCH_NAMES}
+    batch["targets"] -= 1
+    for row in range(ROWS):
+        cut = int(rng.integers(8, LENGTH - 8))
+        for number, (start, stop) in enumerate(((0, cut), (cut, LENGTH - 3)), 1):
+            size, at = stop - start, rng.integers(len(text()) - LENGTH - 1)
+            words, part = text()[at : at + size + 1], (row, slice(start, stop))
+            batch["tokens"][part], batch["targets"][part] = words[:-1], words[1:]
+            batch["segments"][part], batch["positions"][part] = number, np.arange(size)
+    return jax.device_put(batch, setup.abstract_batch["tokens"].sharding)
+
+
+@functools.cache
+def train(config: Config, mesh: str, steps: int) -> Trained:
+    setup = make_setup(config, mesh)
+    step, state = compile_step(setup), init_state(setup)
+    initial = read_parameters(setup, state)
+    batches = (batch_of(setup, number) for number in range(steps))
+    state, metrics = train_on(step, state, batches)
+    return Trained(setup, step, initial, state, metrics)
+
+
+def meshes(family: str) -> list[str]:
+    """Returns meshes that together have all axes which apply."""
+    model = config_of(family).model
+    context = "tensor" if model.variant.attention_sinks else "context"
+    found = ["data 2 x fsdp 2 x tensor 2", f"stage 2 x {context} 2 x fsdp 2"]
+    return found + ["expert 2 x fsdp 2 x tensor 2"] * (model.moe.num_experts > 0)
+
+
+def marked(*values: str, fast: str):
+    return pytest.param(*values, marks=() if values[0] == fast else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("family", [marked(each, fast="gemma2") for each in FAMILIES])
+def test_a_family_learns_from_text(family):
+    loss = train(config_of(family), ONE_DEVICE, STEPS).metrics["loss"]
+    print(f"\n{family:<14} loss {loss[0]:.2f} -> {loss[-5:].mean():.2f}")
+    assert loss[-5:].mean() < loss[0] - 0.5  # Cohere scales its logits by 1/16
+
+
+@pytest.mark.parametrize(
+    ("family", "mesh"),
+    [marked(f, mesh, fast="") for f in FAMILIES for mesh in meshes(f)],
+)
+def test_a_family_trains_on_a_mesh_as_on_one_device(family, mesh):
+    config = config_of(family)
+    one = train(config, ONE_DEVICE, STEPS)
+    staged = override(config, {"mesh.stage": 2}) if "stage" in mesh else config
+    many = train(staged, mesh, COMPARED)
+    apart = {
+        name: np.abs(many.metrics[name] / one.metrics[name][:COMPARED] - 1).max()
+        for name in ("loss", "grad_norm")
+    }
+    print(f"\n{family:<14} {mesh:<30} {apart['loss']:.1e} {apart['grad_norm']:.1e}")
+    assert apart["loss"] < TOLERANCE
+    assert apart["grad_norm"] < SUM_TOLERANCE
