@@ -42,6 +42,7 @@ class MoEConfig:
     balance: Balance = "none"  # load balancing: an auxiliary loss, or router biases
     balance_weight: float = 0.01  # weight of the balance loss; step size of the biases
     router_z_loss: float = 0.0  # weight of the squared log of the router's denominator
+    share_of: Literal["output", "input"] = "output"  # of experts, what scores multiply
     capacity_factor: float | None = None  # expert capacity / even load; None: dropless
     first_dense: int = 0  # leading layers that have an MLP of width d_ff, no experts
     layers: tuple[bool, ...] = (True,)  # whether each layer has experts, cyclic
@@ -229,6 +230,19 @@ class ModelConfig:
         self._check_layers()
         self._check_size()
         self._check_rope()
+        if self.moe.share_of == "input" and self.bias == "all":
+            raise InputError(
+                "config.model.moe.share_of=input is not for experts with biases; use "
+                "config.model.bias=attention, or share_of=output."
+            )
+        if self.variant.attention_chunk and (
+            any(self.windows) or self.variant.attention_sinks
+        ):
+            raise InputError(
+                f"config.model.variant.attention_chunk={self.variant.attention_chunk} "
+                "is not for config.model.windows or config.model.variant."
+                "attention_sinks; use one of them."
+            )
         if (self.mlp == "swiglu_clamped") != (self.variant.mlp_limit is not None):
             raise InputError(
                 f"config.model.variant.mlp_limit={self.variant.mlp_limit} goes with "

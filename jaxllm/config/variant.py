@@ -12,7 +12,7 @@ from jaxllm.config.checks import check_not_negative, check_positive
 from jaxllm.errors import InputError
 
 Scaling = Literal["none", "linear", "llama3", "yarn", "longrope"]
-QKNorm = Literal["heads", "flat", "rotated", "layernorm"]
+QKNorm = Literal["heads", "flat", "rotated", "layernorm"]  # rotated: behind RoPE
 NormPosition = Literal["pre", "post", "both"]
 Parallel = Literal["none", "one_norm", "two_norms"]
 
@@ -89,13 +89,21 @@ class VariantConfig:
     mlp_limit: float | None = None  # swiglu_clamped: largest gate and |up|
     positions: int = 0  # learned position embeddings, for rows up to this; 0: none
     query_growth: float = 0.0  # b of 1 + b log(1 + position // rope.original_length)
+    nope_growth: float = 0.0  # b of 1 + b log(1 + (position + 1) // nope_length)
+    nope_length: int = 8192  # of nope_growth, which is for layers without RoPE
+    attention_chunk: int = 0  # layers with RoPE see so many positions a chunk; 0: all
 
     def __post_init__(self):
-        check_not_negative(self, "model.variant", "positions query_growth")
+        check_not_negative(
+            self,
+            "model.variant",
+            "positions query_growth nope_growth attention_chunk",
+        )
         check_positive(
             self,
             "model.variant",
-            "attention_scale embedding_scale residual_scale logit_scale mlp_limit",
+            "attention_scale embedding_scale residual_scale logit_scale mlp_limit "
+            "nope_length",
         )
         if self.parallel != "none" and self.norm_position != "pre":
             raise InputError(

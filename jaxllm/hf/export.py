@@ -21,7 +21,8 @@ from jaxllm.errors import InputError
 from jaxllm.hf.carried import Carried
 from jaxllm.hf.families import FAMILIES
 from jaxllm.hf.folder import CONFIG, DTYPES, INDEX, WEIGHTS
-from jaxllm.hf.settings import QUANTIZATION, read_model
+from jaxllm.hf.quantized import QUANTIZATION
+from jaxllm.hf.settings import read_model
 from jaxllm.hf.sums import write_sums
 from jaxllm.hf.tensors import Piece, pieces
 from jaxllm.hf.writing import differences, family_of, write_model

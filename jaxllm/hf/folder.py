@@ -15,8 +15,14 @@ import safetensors
 from jaxllm.config import ModelConfig
 from jaxllm.errors import InputError
 from jaxllm.hf.families import FAMILIES
-from jaxllm.hf.quantized import STORED, decode, quantized_names, read_entry
-from jaxllm.hf.settings import QUANTIZATION, load_json, read_model
+from jaxllm.hf.quantized import (
+    QUANTIZATION,
+    STORED,
+    decode,
+    quantized_names,
+    read_entry,
+)
+from jaxllm.hf.settings import load_json, read_model
 from jaxllm.hf.table import Family
 from jaxllm.hf.tensors import pieces
 from jaxllm.hf.wrappers import OTHER_HALF, Rename, names_inside, text_half

@@ -186,4 +186,64 @@ MIXTURES: Mapping[str, Family] = {
             "mlp/down_bias": Tensor(LAYER + "mlp.experts.down_proj_bias", "E D"),
         },
     ),
+    "llama4_text": Family(
+        architecture="Llama4ForCausalLM",
+        fixed={
+            "moe.router": "sigmoid",
+            "moe.share_of": "input",
+            "moe.num_shared_experts": 1,
+            "rope.interleaved": True,
+            "variant.qk_norm": "rotated",
+        },
+        keys=KEYS
+        | {
+            "qk_norm": "use_qk_norm",
+            "moe.num_experts": "num_local_experts",
+            "moe.experts_per_token": "num_experts_per_tok",
+            "variant.attention_chunk": "attention_chunk_size",
+            "variant.nope_growth": "attn_scale",
+            "variant.nope_length": "floor_scale",
+        },
+        defaults=BASE
+        | dict(
+            rms_norm_eps=1e-5,
+            rope_theta=500_000.0,
+            head_dim=128,
+            use_qk_norm=True,
+            num_local_experts=16,
+            num_experts_per_tok=1,
+            attention_chunk_size=8192,
+            attn_scale=0.1,
+            floor_scale=8192,
+        ),
+        windows="chunks",
+        rotated="listed",
+        activations=SILU,
+        biases=ATTENTION_BIASES,
+        requires={
+            "attn_temperature_tuning": (True, 4),  # 4 in the first files
+            "interleave_moe_layer_step": (1,),
+        },
+        ignored=(
+            *("intermediate_size_mlp", "for_llm_compressor"),
+            "no_rope_layer_interval",
+        ),
+        tensors=attention()
+        | PRE_NORMS
+        | ends()
+        | {
+            "mlp/router": Tensor(LAYER + "feed_forward.router.weight", "R D"),
+            "mlp/gate": Tensor(LAYER + "feed_forward.experts.gate_up_proj", "E D +F"),
+            "mlp/up": Tensor(
+                LAYER + "feed_forward.experts.gate_up_proj", "E D +F", after="F"
+            ),
+            "mlp/down": Tensor(LAYER + "feed_forward.experts.down_proj", "E F D"),
+        }
+        | {
+            f"mlp/shared/{name}": Tensor(
+                f"{LAYER}feed_forward.shared_expert.{name}_proj.weight", dims
+            )
+            for name, dims in (("gate", "F D"), ("up", "F D"), ("down", "D F"))
+        },
+    ),
 }

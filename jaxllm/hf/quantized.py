@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxllm.errors import InputError
 
+QUANTIZATION = "quantization_config"
 PACKED = 32  # values of a block of mxfp4, two a byte
 TILE = 128  # rows and columns of a block of fp8
 # What JAX calls the dtypes of values and scales.
@@ -78,14 +79,36 @@ def decode(method: str, values: np.ndarray, scales: np.ndarray) -> np.ndarray:
     return METHODS[method].decode(values, scales)
 
 
-def check_blocks(content: Any, place: str) -> None:
-    """Refuses a quantization_config with blocks of other sizes."""
-    sizes = content.get("weight_block_size")
-    if content.get("quant_method") == "fp8" and sizes != [TILE, TILE]:
+def without_quantization(
+    config: Mapping[str, Any], known: tuple[str, ...], place: str
+) -> Mapping[str, Any]:
+    """Returns config.json without how tensors are stored, if they can be read.
+
+    Args:
+      config: its content.
+      known: methods of the family.
+      place: of the file, for errors.
+
+    Raises:
+      InputError: the method, or its blocks, cannot be read.
+    """
+    found = config.get(QUANTIZATION)
+    if found is None:
+        return config
+    method = found.get("quant_method") if isinstance(found, dict) else None
+    remedy = "give the folder of the model that was quantized."
+    if method not in known:
         raise InputError(
-            f"{place}: quantization_config.weight_block_size={sizes} cannot be read, "
-            f"only [{TILE}, {TILE}]; give the folder of the model that was quantized."
+            f"{place}: {QUANTIZATION}.quant_method={method!r} cannot be read for "
+            f"model_type={config['model_type']}, only {' or '.join(known)}; {remedy}"
         )
+    sizes = found.get("weight_block_size")
+    if method == "fp8" and sizes != [TILE, TILE]:
+        raise InputError(
+            f"{place}: {QUANTIZATION}.weight_block_size={sizes} cannot be read, only "
+            f"[{TILE}, {TILE}]; {remedy}"
+        )
+    return {key: value for key, value in config.items() if key != QUANTIZATION}
 
 
 def _mxfp4_shape(values: list[int], scales: list[int]) -> list[int] | None:

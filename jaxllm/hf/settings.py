@@ -11,13 +11,12 @@ from jaxllm.config import ModelConfig, MoEConfig, RopeConfig, VariantConfig
 from jaxllm.config.files import check_types
 from jaxllm.errors import InputError
 from jaxllm.hf.families import FAMILIES
-from jaxllm.hf.quantized import check_blocks
+from jaxllm.hf.quantized import without_quantization
 from jaxllm.hf.rope import SCALINGS, Settings
 from jaxllm.hf.table import DROPOUTS, IGNORED, Family
 
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 PART = "partial_rotary_factor"
-QUANTIZATION = "quantization_config"
 _SECTIONS = {"moe": MoEConfig, "rope": RopeConfig, "variant": VariantConfig}
 
 
@@ -38,7 +37,7 @@ def read_model(config: Mapping[str, Any], place: str) -> tuple[str, ModelConfig]
             f"known are {', '.join(sorted(FAMILIES))}."
         )
     _check_architectures(config, place)
-    config = _without_quantization(config, FAMILIES[model_type], place)
+    config = without_quantization(config, FAMILIES[model_type].quantized, place)
     reader = _Reader(FAMILIES[model_type], config, place)
     try:
         settings = reader.read()
@@ -70,24 +69,6 @@ def _check_architectures(config: Mapping[str, Any], place: str) -> None:
             f"another class than {ours}; remove auto_map if the model is plain "
             f"{config['model_type']}."
         )
-
-
-def _without_quantization(
-    config: Mapping[str, Any], family: Family, place: str
-) -> Mapping[str, Any]:
-    """Returns config.json without how tensors are stored, if they can be read."""
-    found = config.get(QUANTIZATION)
-    if found is None:
-        return config
-    method = found.get("quant_method") if isinstance(found, dict) else None
-    if method not in family.quantized:
-        raise InputError(
-            f"{place}: quantization_config.quant_method={method!r} cannot be read for "
-            f"model_type={config['model_type']}, only {' or '.join(family.quantized)}; "
-            "give the folder of the model that was quantized."
-        )
-    check_blocks(found, place)
-    return {key: value for key, value in config.items() if key != QUANTIZATION}
 
 
 @dataclasses.dataclass
@@ -123,9 +104,9 @@ class _Reader:
         for name, key in self.family.keys.items():
             inverse = key.startswith("1/")
             value = self.get(key.removeprefix("1/"))
-            # A soft cap that is null is none, whatever the class's default.
+            # A soft cap or chunk that is null is none, whatever the class's default.
             off = self.config.get(key, "absent") is None
-            if name.endswith("softcap") and (off or value is None):
+            if name.endswith(("softcap", "attention_chunk")) and (off or value is None):
                 continue
             if inverse and value is not None:
                 value = 1 / value
@@ -139,6 +120,8 @@ class _Reader:
         settings |= {"mlp": self._activation()} | self._bias()
         settings["windows"] = windows = self._windows(settings["num_layers"])
         settings |= self._rope(settings, windows)
+        if self.family.windows == "chunks":
+            self._check_layers(settings)
         settings["windows"] = shortest(windows)
         return settings
 
@@ -218,6 +201,8 @@ class _Reader:
     def _windows(self, num_layers: int) -> tuple[int, ...]:
         """Returns the window of every layer."""
         rule, listed = self.family.windows, self.get("layer_types")
+        if rule == "chunks":
+            return (0,) * num_layers
         if rule == "never":
             if listed and set(listed) != {FULL}:
                 raise InputError(f"{self.place}: layer_types={listed} is not known.")
@@ -244,6 +229,22 @@ class _Reader:
         if rule == "always" or not every:
             return (window,) * num_layers
         return tuple(0 if (i + 1) % every == 0 else window for i in range(num_layers))
+
+    def _check_layers(self, settings: Settings) -> None:
+        """Refuses chunks in other layers than those with RoPE, or dense layers."""
+        number = settings["num_layers"]
+        rotates = settings["rope.layers"] * (number // len(settings["rope.layers"]))
+        kind = CHUNKED if settings.get("variant.attention_chunk") else FULL
+        wanted = {
+            "layer_types": [kind if each else FULL for each in rotates],
+            "moe_layers": list(range(number)),
+        }
+        for key, value in wanted.items():
+            if self.get(key, value) != value:
+                raise InputError(
+                    f"{self.place}: {key}={self.config[key]} cannot be honoured; only "
+                    f"{value} can."
+                )
 
     def _rope(self, settings: Settings, windows: tuple[int, ...]) -> Settings:
         read: Settings = {"rope.layers": self._rotated(windows)}
@@ -286,7 +287,7 @@ class _Reader:
         if self.family.rotated == "listed":
             listed = self.get("no_rope_layers")
             every = self.config.get("no_rope_layer_interval") or 4
-            if listed is None:
+            if not listed:
                 listed = [int((i + 1) % every != 0) for i in range(num_layers)]
             if len(listed) != num_layers:
                 raise InputError(

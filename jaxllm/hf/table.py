@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-Windows = Literal["never", "always", "layer_types", "upper_layers"]
+Windows = Literal["never", "always", "layer_types", "upper_layers", "chunks"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Family:
       aliases: other names that versions of transformers have for keys: read, and
         written beside them.
       defaults: of keys that may be absent: those of its class in transformers.
-      windows: the rule for layers with a window.
+      windows: the rule for layers with a window, or for those that see a chunk.
       full_every: without a list of layers, each so many-th has no window; 0: none.
       rotated: layers with RoPE: all, those with a window, or as `no_rope_layers` says.
       scalings: types of RoPE that its code has.

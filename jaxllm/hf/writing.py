@@ -9,7 +9,7 @@ from jaxllm.config import ModelConfig
 from jaxllm.errors import InputError
 from jaxllm.hf.families import FAMILIES
 from jaxllm.hf.rope import Settings, write_scaling
-from jaxllm.hf.settings import FULL, PART, SLIDING, read_model
+from jaxllm.hf.settings import CHUNKED, FULL, PART, SLIDING, read_model
 from jaxllm.hf.table import Family
 
 # Not part of a model but of how it is run.
@@ -103,6 +103,12 @@ def _write(family: Family, model_type: str, model: ModelConfig) -> dict[str, Any
 def _write_windows(family: Family, model: ModelConfig) -> dict[str, Any]:
     if family.windows == "never":
         return {}
+    if family.windows == "chunks":
+        rotates = model.rope.layers * (model.num_layers // len(model.rope.layers))
+        chunk = model.variant.attention_chunk or None
+        kind = CHUNKED if chunk else FULL
+        types = [kind if each else FULL for each in rotates]
+        return {"layer_types": types, "attention_chunk_size": chunk}
     repeats = model.num_layers // len(model.windows)
     windows = model.windows * repeats
     sizes = sorted({window for window in windows if window})

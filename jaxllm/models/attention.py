@@ -67,6 +67,7 @@ class Attention(nnx.Module):
         length = x_BTD.shape[1] if cache is None else cache["key"].shape[1]
         q_BTNH, k_BTKH, v_BTKH = self._heads(x_BTD, positions_BT, length)
         if cache is None:
+            segments_BT = self._chunks(positions_BT, segments_BT)
             out_BTNH = self._attend_rows(q_BTNH, k_BTKH, v_BTKH, segments_BT)
         else:
             cache = {
@@ -96,7 +97,7 @@ class Attention(nnx.Module):
             q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
         where = positions_BT, self.config, self.layer, length
         q_BTNH, k_BTKH = rotate(q_BTNH, *where), rotate(k_BTKH, *where)
-        if self.config.qk_norm and not before:
+        if self.config.qk_norm and not before and self.layer.rotates:
             q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
         q_BTNH = self._grow(q_BTNH, positions_BT)
         return (
@@ -107,11 +108,32 @@ class Attention(nnx.Module):
 
     def _grow(self, q_BTNH, positions_BT):
         """Multiplies queries by 1 + b log(1 + position // original length)."""
-        if not (growth := self.config.variant.query_growth):
+        variant = self.config.variant
+        growth, length, first = (
+            (variant.query_growth, self.config.rope.original_length, 0)
+            if self.layer.rotates or variant.query_growth
+            else (variant.nope_growth, variant.nope_length, 1)
+        )
+        if not growth:
             return q_BTNH
-        times_BT = positions_BT // self.config.rope.original_length
+        times_BT = (positions_BT + first if first else positions_BT) // length
         factor_BT = 1 + growth * jnp.log1p(times_BT.astype(jnp.float32))
         return (q_BTNH * factor_BT[:, :, None, None]).astype(q_BTNH.dtype)
+
+    def _chunks(self, positions_BT, segments_BT):
+        """Returns segments of which each is one chunk of a document."""
+        if not (chunk := self._chunk):
+            return segments_BT
+        chunk_BT = positions_BT // chunk
+        if segments_BT is None:
+            return chunk_BT + 1
+        number = positions_BT.shape[1] // chunk + 1  # of the chunks of a row, or more
+        parts_BT = segments_BT * number + chunk_BT
+        return jnp.where(segments_BT == 0, 0, parts_BT)  # padding stays padding
+
+    @property
+    def _chunk(self) -> int:
+        return self.config.variant.attention_chunk if self.layer.rotates else 0
 
     def _attend_rows(self, q_BTNH, k_BSKH, v_BSKH, segments_BT):
         if sharding.axes_of("T"):
@@ -123,12 +145,7 @@ class Attention(nnx.Module):
 
     def _attend_shards(self, q_BTNH, k_BTKH, v_BTKH, segments_BT):
         attention = ContextAttention(
-            RangedAttention(
-                softcap=self.config.attention_softcap,
-                scale=self.config.variant.attention_scale,
-                deterministic=self.kernels.deterministic,
-                implementation=self.kernels.attention,
-            ),
+            self._ranged(self.kernels.attention),
             window=self.layer.window,
             exchange=self.kernels.context,
         )
@@ -145,10 +162,26 @@ class Attention(nnx.Module):
         attend = sharding.local(attend, ins, "BTNH")
         return attend(q_BTNH, k_BTKH, v_BTKH, *arrays)
 
+    def _ranged(self, implementation):
+        return RangedAttention(
+            softcap=self.config.attention_softcap,
+            scale=self.config.variant.attention_scale,
+            deterministic=self.kernels.deterministic,
+            implementation=implementation,
+        )
+
     def _attend_cached(self, q_BTNH, cache, positions_BT):
         # cuDNN takes no query positions, whatever it does in training.
         named = self.kernels.attention
         implementation = "xla" if named == "cudnn" else named
+        if chunk := self._chunk:
+            return self._attend_chunk(
+                implementation,
+                q_BTNH,
+                cache,
+                positions_BT // chunk * chunk,
+                positions_BT,
+            )
         return self._attend_locally(
             implementation,
             q_BTNH,
@@ -156,6 +189,16 @@ class Attention(nnx.Module):
             cache["value"],
             positions_BT=positions_BT,
         )
+
+    def _attend_chunk(self, implementation, q_BTNH, cache, first_BT, last_BT):
+        """Attends to the slots of a cache from first_BT to last_BT."""
+
+        def attend(q_BTNH, k_BSKH, v_BSKH, first_BT, last_BT):
+            ranged = self._ranged(implementation)
+            return ranged.forward(q_BTNH, k_BSKH, v_BSKH, first_BT, last_BT + 1)[0]
+
+        attend = sharding.local(attend, ("BTNH", "BSKH", "BSKH", "BT", "BT"), "BTNH")
+        return attend(q_BTNH, cache["key"], cache["value"], first_BT, last_BT)
 
     def _attend_locally(self, implementation, q_BTNH, k_BSKH, v_BSKH, **masks_BT):
         sinks = {"sinks_N": self.sinks} if self.config.variant.attention_sinks else {}

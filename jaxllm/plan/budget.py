@@ -5,7 +5,7 @@ import collections
 from collections.abc import Mapping
 
 from jaxllm.config import ModelConfig
-from jaxllm.config.model import PLAIN_MLPS
+from jaxllm.config.model import PLAIN_MLPS, Layer
 
 # Dense bfloat16 matmuls with float32 accumulation, FLOP/s of one GPU, by the words of
 # its name; the first entry with all its words in the name counts. From NVIDIA's data
@@ -139,10 +139,20 @@ def flops_per_token(
     """
     flops = 6.0 * num_matmul_parameters(model)
     layers = map(model.layer, range(model.num_layers))
-    for window, number in collections.Counter(each.window for each in layers).items():
-        keys = mean_keys(sequence_length, window) if causal else sequence_length
+    for layer, number in collections.Counter(layers).items():
+        keys = _keys(model, layer, sequence_length) if causal else sequence_length
         flops += number * 12 * model.num_heads * model.head_dim * keys
     return flops
+
+
+def _keys(model: ModelConfig, layer: Layer, sequence_length: int) -> float:
+    """Returns how many keys a query of a layer sees on average."""
+    chunk = model.variant.attention_chunk
+    if not chunk or not layer.rotates:
+        return mean_keys(sequence_length, layer.window)
+    whole, rest = divmod(sequence_length, chunk)
+    pairs = whole * chunk * mean_keys(chunk) + rest * mean_keys(rest or 1)
+    return pairs / sequence_length
 
 
 def mean_keys(sequence_length: int, window: int = 0) -> float:

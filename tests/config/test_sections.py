@@ -198,6 +198,26 @@ def test_a_wrong_value_of_a_mixture_is_refused_with_setting_and_value(name):
     assert f"{name}={MOE_REFUSED[name]}" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model.windows": (4,)},
+        {"model.variant.attention_sinks": True},
+    ],
+)
+def test_chunks_are_refused_beside_windows_and_sinks(changes):
+    override(CONFIG, chunk := {"model.variant.attention_chunk": 8})
+    with pytest.raises(InputError, match=r"attention_chunk=8 is not for"):
+        override(CONFIG, {**chunk, **changes})
+
+
+def test_a_share_of_the_input_is_refused_beside_biases():
+    share = {"model.moe.num_experts": 8, "model.moe.share_of": "input"}
+    override(CONFIG, share)
+    with pytest.raises(InputError, match=r"moe\.share_of=input is not for"):
+        override(CONFIG, {**share, "model.bias": "all"})
+
+
 def test_a_z_loss_needs_a_softmax():
     moe = {"model.moe.num_experts": 8, "model.moe.router_z_loss": 0.1}
     override(CONFIG, moe)

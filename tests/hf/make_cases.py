@@ -221,6 +221,26 @@ OSS_CASES = {
         final_logit_softcapping=None,
         rope_parameters=dict(PLAIN, rope_theta=5e3),
     ),
+    # Rows of 24 tokens have several chunks, and queries grow in them.
+    "llama4_text": dict(
+        WIDE | FOUR,
+        **LOCAL_EXPERTS,
+        attention_chunk_size=7,
+        floor_scale=5,
+        attn_scale=0.7,
+        rope_parameters=dict(LLAMA3, rope_theta=5e5),
+    ),
+    "llama4_text_tied": dict(
+        WIDE,
+        **TIED,
+        num_local_experts=4,
+        num_experts_per_tok=1,
+        use_qk_norm=False,
+        attention_bias=True,
+        attention_chunk_size=5,
+        no_rope_layers=[1, 0, 1],
+        floor_scale=3,
+    ),
 }
 HYBRID = dict(
     shared_intermediate_size=20,
@@ -314,7 +334,7 @@ TYPES = sorted(
     "llama qwen2 qwen3 qwen3_moe mistral ministral ministral3 gemma gemma2 gemma3_text "
     "phi3 olmo2 olmo3 olmoe granite granitemoe smollm3 gpt2 gpt_neox starcoder2 cohere "
     "cohere2 exaone4 glm4 seed_oss arcee mixtral gpt_oss nanochat qwen2_moe glm4_moe "
-    "dots1 minimax_m2 granitemoehybrid ernie4_5_moe".split(),
+    "dots1 minimax_m2 granitemoehybrid ernie4_5_moe llama4_text".split(),
     key=len,
     reverse=True,
 )

@@ -26,7 +26,7 @@ TOLERANCE = 24 * float(np.finfo(np.float32).eps)
 FAST = (
     *("llama_llama3", "qwen3_yarn", "gemma2", "gemma3_text", "phi3_window", "olmo3"),
     *("gpt2", "gpt_neox", "cohere_qk_norm", "smollm3", "granitemoe", "ministral3"),
-    *("gpt_oss", "nanochat"),
+    *("gpt_oss", "nanochat", "llama4_text"),
 )
 CASES = [
     pytest.param(case, marks=() if case in FAST else pytest.mark.slow)
@@ -58,7 +58,10 @@ GREEDY = [case for case in all_cases() if case != "phi3_longrope"]
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, marks=() if case in ("gemma2", "gpt2") else pytest.mark.slow)
+        pytest.param(
+            case,
+            marks=() if case in ("gemma2", "gpt2", "llama4_text") else pytest.mark.slow,
+        )
         for case in GREEDY
     ],
 )

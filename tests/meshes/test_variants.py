@@ -79,6 +79,15 @@ VARIANTS["experts with biases"] = {
     "model.moe.experts_per_token": 2,
     "model.variant.attention_sinks": True,
 }
+VARIANTS["chunks"] = {
+    "model.qk_norm": True,
+    "model.windows": (0,),
+    "model.rope.layers": (True, False),
+    "model.variant.qk_norm": "rotated",
+    "model.variant.attention_chunk": 7,
+    "model.variant.nope_growth": 0.5,
+    "model.variant.nope_length": 4,
+}
 slow = pytest.mark.slow
 PAIRS = [
     ("norms of outputs, over all heads", "data 2 x fsdp 2 x tensor 2"),
@@ -86,11 +95,13 @@ PAIRS = [
         pytest.param(name, "data 2 x fsdp 2 x tensor 2", marks=slow)
         for name in VARIANTS
         if name not in ("norms of outputs, over all heads", "experts with biases")
+        and name != "chunks"
     ),
     pytest.param("scalings and sinks", "context 2 x tensor 2 x fsdp 2", marks=slow),
     pytest.param("norms on both sides", "context 2 x tensor 2 x fsdp 2", marks=slow),
     pytest.param("experts with biases", "data 2 x expert 2 x tensor 2", marks=slow),
     pytest.param("learned positions", "stage 2 x fsdp 2 x tensor 2", marks=slow),
+    pytest.param("chunks", "stage 2 x context 2 x fsdp 2", marks=slow),
     pytest.param("a parallel block", "stage 2 x context 2 x fsdp 2", marks=slow),
 ]
 

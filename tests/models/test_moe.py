@@ -39,7 +39,7 @@ def draw(width: int = D, biases: bool = False) -> dict[str, np.ndarray]:
     return dict(x=rng.normal(size=(B, T, width)), share=share, choice=choice, **weights)
 
 
-def loop(x, share, weights, *, choice, activation="swiglu", capacity=None):
+def loop(x, share, weights, *, choice, activation="swiglu", capacity=None, of="output"):
     """One token and expert after another; the specification."""
 
     def run_row(row):
@@ -48,6 +48,8 @@ def loop(x, share, weights, *, choice, activation="swiglu", capacity=None):
             taken = taken.at[expert].add(1)
             fits = (expert < E) & (capacity is None or taken[expert] <= capacity)
             mine = {name: weights[name][expert % E] for name in weights}
+            if of == "input":
+                token, share = token * share, 1.0
             hidden = token @ mine["up"] + mine.get("up_bias", 0.0)
             if activation == "gelu":
                 hidden = jax.nn.gelu(hidden)
@@ -71,9 +73,9 @@ def loop(x, share, weights, *, choice, activation="swiglu", capacity=None):
     return jax.lax.map(run_row, (x, share, jnp.asarray(choice)))
 
 
-def run(x, share, weights, *, choice, activation="swiglu", capacity=None):
+def run(x, share, weights, *, choice, activation="swiglu", capacity=None, of="output"):
     limit = LIMIT if activation == "swiglu_clamped" else None
-    experts = Experts(E, activation, capacity, "xla", limit)
+    experts = Experts(E, activation, capacity, "xla", limit, of)
     return run_experts(experts, x, share, jnp.asarray(choice), weights)
 
 
@@ -124,6 +126,17 @@ def test_experts_with_biases_equal_a_loop_over_tokens(activation, capacity):
     with jax.enable_x64(True):
         got = values_and_gradients(run, draw(biases=True), activation, capacity)
         expected = values_and_gradients(loop, draw(biases=True), activation, capacity)
+        assert_equal_in_float64(got, expected)
+
+
+@pytest.mark.parametrize("capacity", [None, 2])
+def test_a_share_of_the_input_equals_the_loop(capacity):
+    of_input = [functools.partial(function, of="input") for function in (run, loop)]
+    with jax.enable_x64(True):
+        got, expected = (
+            values_and_gradients(function, draw(), capacity=capacity)
+            for function in of_input
+        )
         assert_equal_in_float64(got, expected)
 
 

@@ -11,7 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.config import LossConfig, ModelConfig, MoEConfig, presets
+from jaxllm.config import (
+    LossConfig,
+    ModelConfig,
+    MoEConfig,
+    RopeConfig,
+    VariantConfig,
+    presets,
+)
 from jaxllm.models import Model, make_cache
 from jaxllm.plan import budget
 from jaxllm.step.loss import Loss, next_token_loss
@@ -43,6 +50,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "windows": dict(windows=(3, 0), num_layers=4),
     "soft-caps": dict(attention_softcap=1.5, logit_softcap=0.5),
     "unrolled windows": dict(windows=(3, 0), scan_layers=False),
+    "chunks": dict(
+        qk_norm=True,
+        rope=RopeConfig(layers=(True, False), reversed=True),
+        variant=VariantConfig(
+            qk_norm="rotated", attention_chunk=3, nope_growth=0.5, nope_length=2
+        ),
+    ),
     "experts": dict(
         moe=MoEConfig(num_experts=4, experts_per_token=2, renormalize=True)
     ),

@@ -9,7 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxllm.config import KernelsConfig, MoEConfig, presets
+from jaxllm.config import (
+    KernelsConfig,
+    MoEConfig,
+    RopeConfig,
+    VariantConfig,
+    presets,
+)
 from jaxllm.models import Model
 from jaxllm.plan.budget import (
     BFLOAT16_PEAKS,
@@ -61,6 +67,17 @@ def test_matmul_parameters_leave_out_only_the_lookup_and_the_vectors():
     assert num_matmul_parameters(TINY) == num_parameters(TINY) - vectors - table
     tied = replace(TINY, tie_embeddings=True)
     assert num_matmul_parameters(tied) == num_parameters(tied) - vectors
+
+
+def test_a_chunk_has_the_pairs_of_a_row_of_its_length():
+    variant = VariantConfig(attention_chunk=7)
+    rope = RopeConfig(layers=(True, False))
+    chunked = replace(TINY, num_layers=2, rope=rope, variant=variant)
+    whole = flops_per_token(replace(chunked, variant=VariantConfig()), 24)
+    pairs = [sum(q // 7 == k // 7 and k <= q for k in range(24)) for q in range(24)]
+    per_key = 12 * TINY.num_heads * TINY.head_dim
+    missing = per_key * (mean_keys(24) - sum(pairs) / 24)
+    assert flops_per_token(chunked, 24) == pytest.approx(whole - missing, rel=1e-12)
 
 
 def test_a_token_pays_for_its_own_experts_and_the_router():

@@ -47,6 +47,7 @@ class Experts:
     capacity: int | None  # tokens of a row that an expert takes
     implementation: str  # of the grouped matmul
     limit: float | None = None  # of a clamped activation
+    share_of: str = "output"  # of ModelConfig.moe
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -142,6 +143,9 @@ def _mlp(experts, rows, share, sizes, weights):
         implementation=experts.implementation,
     )
     wide = np.promote_types(rows.dtype, np.float32)
+    share = share[:, None].astype(wide)
+    if experts.share_of == "input":
+        rows, share = (rows * share).astype(rows.dtype), jnp.ones_like(share)
     add_bias = functools.partial(_add_bias, weights, sizes, rows.dtype)
     hidden = add_bias("up_bias", product(rows, weights["up"]).astype(wide))
     if "gate" in weights:
@@ -150,7 +154,6 @@ def _mlp(experts, rows, share, sizes, weights):
     else:
         hidden = ACTIVATIONS[experts.activation](hidden)
     # Here and not on the output: its gradient then recomputes no output.
-    share = share[:, None].astype(wide)
     out = product((hidden * share).astype(rows.dtype), weights["down"])
     if "down_bias" in weights:
         times = share

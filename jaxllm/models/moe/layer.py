@@ -74,6 +74,7 @@ class MoE(nnx.Module):
             capacity=capacity,
             implementation=self.kernels.grouped_matmul,
             limit=self.config.variant.mlp_limit,
+            share_of=moe.share_of,
         )
         weights = {"up": self.up[...], "down": self.down[...]}
         if self.config.mlp not in PLAIN_MLPS:
