@@ -305,6 +305,7 @@ class Config:
         if not 0 <= self.seed < 2**32:
             raise InputError(f"config.seed={self.seed} must be from 0 to 2**32 - 1.")
         self._check_weights()
+        self._check_chunks()
         if self.optimizer.warmup_steps > self.steps:
             raise InputError(
                 f"config.optimizer.warmup_steps={self.optimizer.warmup_steps} must not "
@@ -345,6 +346,15 @@ class Config:
                 "config.model.moe.capacity_factor="
                 f"{self.model.moe.capacity_factor} counts; use "
                 "config.model.moe.capacity_factor=None, or config.mesh.context=1."
+            )
+
+    def _check_chunks(self):
+        chunk = self.model.variant.attention_chunk
+        if chunk and self.data.cross_document_attention:
+            raise InputError(
+                f"config.model.variant.attention_chunk={chunk} begins with each "
+                "document, which config.data.cross_document_attention=True does not "
+                "tell apart; use config.data.cross_document_attention=False."
             )
 
     def _check_weights(self):

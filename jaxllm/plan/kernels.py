@@ -67,7 +67,7 @@ def _choose_attention(config: Config, mesh: Mesh) -> Choice:
     return pallas_kernels.choose_attention(
         _shape(1, length, model.num_heads, model.head_dim, dtype=model.dtype),
         _shape(1, length, model.num_kv_heads, model.head_dim, dtype=model.dtype),
-        segments_BT=integers_BT if _has_segments(config) else None,
+        segments_BT=None if config.data.cross_document_attention else integers_BT,
         start_BT=integers_BT if mesh.shape["context"] > 1 else None,
         window=max(model.windows),
         softcap=model.attention_softcap,
@@ -84,17 +84,11 @@ def _check_attention(implementation: str, config: Config, mesh: Mesh) -> None:
         model.dtype,
         num_groups=model.num_heads // model.num_kv_heads,
         head_dim=model.head_dim,
-        packed=_has_segments(config),
+        packed=not config.data.cross_document_attention,
         window=max(model.windows),
         softcap=model.attention_softcap,
         deterministic=config.kernels.deterministic,
     )
-
-
-def _has_segments(config: Config) -> bool:
-    """Returns whether attention is within documents, or within chunks of rows."""
-    chunked = config.model.variant.attention_chunk > 0
-    return chunked or not config.data.cross_document_attention
 
 
 def _choose_norm(config: Config, mesh: Mesh) -> Choice:

@@ -203,11 +203,12 @@ def test_a_wrong_value_of_a_mixture_is_refused_with_setting_and_value(name):
     [
         {"model.windows": (4,)},
         {"model.variant.attention_sinks": True},
+        {"data.cross_document_attention": True},
     ],
 )
-def test_chunks_are_refused_beside_windows_and_sinks(changes):
+def test_chunks_are_refused_beside_windows_sinks_and_rows_without_ends(changes):
     override(CONFIG, chunk := {"model.variant.attention_chunk": 8})
-    with pytest.raises(InputError, match=r"attention_chunk=8 is not for"):
+    with pytest.raises(InputError, match=r"attention_chunk=8 (is not for|begins)"):
         override(CONFIG, {**chunk, **changes})
 
 
