@@ -21,7 +21,9 @@ from jaxllm.step import Setup, compile_step, init_state
 
 STEPS, WORDS, COMPARED = 50, 96, 3
 TOLERANCE = 1e-6  # of a loss, as the project promises
-SUM_TOLERANCE = 1e-5  # of a gradient's norm: sums over tokens in another order
+# Of the first gradient's norm: a sum over tokens in another order. Later ones differ
+# more, as Adam makes a whole step of a rounding where a gradient is almost zero.
+SUM_TOLERANCE = float(np.finfo(np.float32).eps * np.sqrt(ROWS * LENGTH))
 # The first case of each family.
 FAMILIES: dict[str, str] = {}
 for name, facts in all_cases().items():
@@ -123,10 +125,10 @@ def test_a_family_trains_on_a_mesh_as_on_one_device(family, mesh):
     one = train(config, ONE_DEVICE, STEPS)
     staged = override(config, {"mesh.stage": 2}) if "stage" in mesh else config
     many = train(staged, mesh, COMPARED)
-    apart = {
-        name: np.abs(many.metrics[name] / one.metrics[name][:COMPARED] - 1).max()
+    loss, norm = (
+        np.abs(many.metrics[name] / one.metrics[name][:COMPARED] - 1)
         for name in ("loss", "grad_norm")
-    }
-    print(f"\n{family:<14} {mesh:<30} {apart['loss']:.1e} {apart['grad_norm']:.1e}")
-    assert apart["loss"] < TOLERANCE
-    assert apart["grad_norm"] < SUM_TOLERANCE
+    )
+    print(f"\n{family:<14} {mesh:<30} {loss.max():.1e} {norm[0]:.1e}")
+    assert loss.max() < TOLERANCE
+    assert norm[0] < SUM_TOLERANCE
