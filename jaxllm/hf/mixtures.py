@@ -8,6 +8,7 @@ from jaxllm.hf.table import (
     BASE,
     EXPERTS,
     FLAT_NORMS,
+    FUSED_EXPERTS,
     GRANITE_KEYS,
     KEYS,
     LAYER,
@@ -19,6 +20,11 @@ from jaxllm.hf.table import (
     attention,
     ends,
     experts,
+    mlp,
+)
+
+MIXTRAL_EXPERTS = experts(
+    "block_sparse_moe.gate.weight", "block_sparse_moe.experts.{e}.", "w1", "w3", "w2"
 )
 
 MIXTURES: Mapping[str, Family] = {
@@ -40,12 +46,57 @@ MIXTURES: Mapping[str, Family] = {
         ),
         windows="always",
         activations=SILU,
-        tensors=LLAMA
-        | experts(
-            "block_sparse_moe.gate.weight",
-            "block_sparse_moe.experts.{e}.",
-            *("w1", "w3", "w2"),
+        tensors=LLAMA | MIXTRAL_EXPERTS,
+    ),
+    "minimax_m2": Family(
+        architecture="MiniMaxM2ForCausalLM",
+        fixed={
+            "variant.qk_norm": "flat",
+            "qk_norm": True,
+            "moe.router": "sigmoid",
+            "moe.renormalize": True,
+            "moe.choice_bias": True,
+        },
+        keys=KEYS
+        | {
+            "moe.num_experts": "num_local_experts",
+            "moe.experts_per_token": "num_experts_per_tok",
+        },
+        defaults=BASE
+        | dict(
+            head_dim=128,
+            rope_theta=5_000_000.0,
+            partial_rotary_factor=1.0,
+            rotary_dim=None,
+            num_local_experts=256,
+            num_experts_per_tok=8,
         ),
+        activations=SILU,
+        # Keys of the published files, which transformers does not read.
+        requires={
+            "use_qk_norm": (True,),
+            "qk_norm_type": ("per_layer",),
+            "scoring_func": ("sigmoid",),
+            "use_routing_bias": (True,),
+            "shared_intermediate_size": (0,),
+            "layernorm_full_attention_beta": (1.0,),
+            "layernorm_mlp_beta": (1.0,),
+            "sliding_window": (None,),
+        },
+        ignored=(
+            *("attn_type_list", "layernorm_linear_attention_beta", "shared_moe_mode"),
+            *("mlp_intermediate_size", "mtp_transformer_layers", "num_mtp_modules"),
+            "use_mtp",
+        ),
+        tensors=LLAMA
+        | FLAT_NORMS
+        | MIXTRAL_EXPERTS
+        | {
+            "mlp/router_bias": Tensor(
+                LAYER + "block_sparse_moe.e_score_correction_bias", "R"
+            )
+        },
+        skipped=(r".*mtp.*",),
     ),
     "qwen3_moe": Family(
         architecture="Qwen3MoeForCausalLM",
@@ -68,13 +119,10 @@ MIXTURES: Mapping[str, Family] = {
         ),
         windows="always",
         activations=SILU,
-        requires={
-            "attention_bias": (False,),
-            "mlp_only_layers": ([], None),
-            "decoder_sparse_step": (1,),
-        },
+        requires={"attention_bias": (False,)},
         ignored=("max_window_layers",),
-        tensors=LLAMA | EXPERTS,
+        sparse="unlisted",
+        tensors=LLAMA | EXPERTS | mlp(ours="dense/"),
     ),
     "olmoe": Family(
         architecture="OlmoeForCausalLM",
@@ -118,19 +166,7 @@ MIXTURES: Mapping[str, Family] = {
         ),
         activations=SILU,
         biases=ATTENTION_BIASES,
-        tensors=LLAMA
-        | {
-            "mlp/router": Tensor(LAYER + "block_sparse_moe.router.layer.weight", "R D"),
-            "mlp/gate": Tensor(
-                LAYER + "block_sparse_moe.input_linear.weight", "E +F D"
-            ),
-            "mlp/up": Tensor(
-                LAYER + "block_sparse_moe.input_linear.weight", "E +F D", after="F"
-            ),
-            "mlp/down": Tensor(
-                LAYER + "block_sparse_moe.output_linear.weight", "E D F"
-            ),
-        },
+        tensors=LLAMA | FUSED_EXPERTS,
     ),
     "gpt_oss": Family(
         architecture="GptOssForCausalLM",

@@ -11,6 +11,7 @@ from jaxllm.config import ModelConfig, MoEConfig, RopeConfig, VariantConfig
 from jaxllm.config.files import check_types
 from jaxllm.errors import InputError
 from jaxllm.hf.families import FAMILIES
+from jaxllm.hf.layers import read_sparse, shortest
 from jaxllm.hf.quantized import without_quantization
 from jaxllm.hf.rope import SCALINGS, Settings
 from jaxllm.hf.table import DROPOUTS, IGNORED, Family
@@ -123,7 +124,7 @@ class _Reader:
         if self.family.windows == "chunks":
             self._check_layers(settings)
         settings["windows"] = shortest(windows)
-        return settings
+        return settings | self._sparse(settings)
 
     def check_all_read(self) -> None:
         """Refuses a key that was not read and might change a result."""
@@ -143,6 +144,16 @@ class _Reader:
                     f"model_type={self.config['model_type']}, and might change its "
                     "results; remove it if it does not."
                 )
+
+    def _sparse(self, settings: Settings) -> Settings:
+        """Returns which layers have experts, or the width of a model without any."""
+        if not settings.get("moe.num_experts") and self.family.dense_width:
+            for name in [name for name in settings if name.startswith("moe.")]:
+                del settings[name]
+            return {"d_ff": self.get(self.family.dense_width)}
+        cycles = len(settings["windows"]), len(settings["rope.layers"])
+        rule, number = self.family.sparse, settings["num_layers"]
+        return read_sparse(rule, self.get, number, math.lcm(*cycles))
 
     def _dtype(self) -> str:
         """Returns the dtype to compute in: float32 models keep their numbers."""
@@ -203,9 +214,15 @@ class _Reader:
         rule, listed = self.family.windows, self.get("layer_types")
         if rule == "chunks":
             return (0,) * num_layers
+        if listed and (names := self.family.layer_names):
+            listed = [names.get(kind, kind) for kind in listed]
         if rule == "never":
             if listed and set(listed) != {FULL}:
-                raise InputError(f"{self.place}: layer_types={listed} is not known.")
+                unknown = sorted(set(listed) - {FULL})
+                raise InputError(
+                    f"{self.place}: layer_types has {', '.join(unknown)}, which cannot "
+                    f"be honoured; only {FULL} can."
+                )
             return (0,) * num_layers
         switched = self.get("use_sliding_window", rule != "upper_layers")
         explicit = "sliding_window" in self.config
@@ -250,6 +267,9 @@ class _Reader:
         read: Settings = {"rope.layers": self._rotated(windows)}
         if self.family.rotated == "none":
             return read | {"rope.layers": (False,)}
+        if self.family.rotated == "named":
+            named = self.get("position_embedding_type") == "rope"
+            read["rope.layers"] = (named,)
         full, local = self._rope_parameters()
         if "rotary_pct" in self.family.defaults:
             full.pop("rotary_pct", None)
@@ -263,16 +283,20 @@ class _Reader:
                     "which cannot be honoured."
                 )
             read["rope.window_theta"] = float(local["rope_theta"])
-        dims = int(self._part(full) * settings["head_dim"])
+        dims = int(self._part(full, settings["head_dim"]) * settings["head_dim"])
         if dims != settings["head_dim"]:
             read["rope.dims"] = dims
         return read | self._scaling(full)
 
-    def _part(self, rope: dict[str, Any]) -> float:
+    def _part(self, rope: dict[str, Any], head_dim: int) -> float:
         """Returns the share of a head that is rotated."""
         key = "rotary_pct" if "rotary_pct" in self.family.defaults else PART
         part = rope.pop(PART, None)
         top = self.get(key, 1.0)
+        if "rotary_dim" in self.family.defaults:
+            rotated = self.get("rotary_dim")
+            if rotated and self.config.get(PART) is None:
+                top = rotated / head_dim
         part = top if part is None else part
         if part != 1 and key not in self.family.defaults:
             raise InputError(
@@ -348,17 +372,6 @@ class _Reader:
                 "not known."
             )
         return settings
-
-
-def shortest(entries: tuple) -> tuple:
-    """Returns the shortest tuple whose repetition gives the entries."""
-    for size in range(1, len(entries) + 1):
-        if (
-            len(entries) % size == 0
-            and entries[:size] * (len(entries) // size) == entries
-        ):
-            return entries[:size]
-    return entries
 
 
 def _build(settings: Settings, place: str) -> ModelConfig:

@@ -8,6 +8,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from jaxllm.hf.layers import Sparse
+
 Windows = Literal["never", "always", "layer_types", "upper_layers", "chunks"]
 
 
@@ -45,7 +47,9 @@ class Family:
       defaults: of keys that may be absent: those of its class in transformers.
       windows: the rule for layers with a window, or for those that see a chunk.
       full_every: without a list of layers, each so many-th has no window; 0: none.
-      rotated: layers with RoPE: all, those with a window, or as `no_rope_layers` says.
+      layer_names: kinds of layers by their names in version 4, which are written.
+      rotated: layers with RoPE: all, those with a window, or as `no_rope_layers` says;
+        named: all or none, as `position_embedding_type` says.
       scalings: types of RoPE that its code has.
       extras: settings of ModelConfig that its RoPE has beside them.
       window_theta: the key with RoPE's theta of layers with a window, which are never
@@ -55,8 +59,13 @@ class Family:
       biases: `bias` by the values of keys.
       quantized: values of quant_method whose tensors can be read.
       requires: keys that must have one of these values; others would change results.
+      constants: keys that change no result, and without which its class may refuse.
       ignored: keys that change no result, beside those of all families.
+      sparse: the rule for layers with experts.
+      dense_width: the key with the width of the MLP where a model has no experts; "":
+        it has some.
       tensors: where each parameter is, by its path without the number of the block.
+        "dense/up" is "mlp/up" of a layer without experts, where it is apart.
       skipped: patterns of tensors that are no parameters.
     """
 
@@ -67,7 +76,8 @@ class Family:
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     windows: Windows = "never"
     full_every: int = 0
-    rotated: Literal["all", "windows", "listed", "none"] = "all"
+    layer_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    rotated: Literal["all", "windows", "listed", "named", "none"] = "all"
     scalings: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
     extras: tuple[str, ...] = ()
     window_theta: str = ""
@@ -76,7 +86,10 @@ class Family:
     biases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     quantized: tuple[str, ...] = ("fp8",)
     requires: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
+    constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+    sparse: Sparse = "all"
+    dense_width: str = ""
     tensors: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     skipped: tuple[str, ...] = ()
 
@@ -135,15 +148,20 @@ def attention(prefix: str = LAYER + "self_attn.", out: str = "o_proj") -> dict:
     }
 
 
-def mlp(prefix: str = LAYER + "mlp.", up: str = "up_proj", down: str = "down_proj"):
+def mlp(
+    prefix: str = LAYER + "mlp.",
+    up: str = "up_proj",
+    down: str = "down_proj",
+    ours: str = "mlp/",
+) -> dict:
     """Returns an MLP that may have a gate and biases."""
     return {
-        "mlp/up": Tensor(f"{prefix}{up}.weight", "F D"),
-        "mlp/gate": Tensor(f"{prefix}gate_proj.weight", "F D"),
-        "mlp/down": Tensor(f"{prefix}{down}.weight", "D F"),
-        "mlp/up_bias": Tensor(f"{prefix}{up}.bias", "F"),
-        "mlp/gate_bias": Tensor(f"{prefix}gate_proj.bias", "F"),
-        "mlp/down_bias": Tensor(f"{prefix}{down}.bias", "D"),
+        f"{ours}up": Tensor(f"{prefix}{up}.weight", "F D"),
+        f"{ours}gate": Tensor(f"{prefix}gate_proj.weight", "F D"),
+        f"{ours}down": Tensor(f"{prefix}{down}.weight", "D F"),
+        f"{ours}up_bias": Tensor(f"{prefix}{up}.bias", "F"),
+        f"{ours}gate_bias": Tensor(f"{prefix}gate_proj.bias", "F"),
+        f"{ours}down_bias": Tensor(f"{prefix}{down}.bias", "D"),
     }
 
 
@@ -226,10 +244,26 @@ def experts(router: str, each: str, gate: str, up: str, down: str) -> dict:
 EXPERTS = experts(
     "mlp.gate.weight", "mlp.experts.{e}.", "gate_proj", "up_proj", "down_proj"
 )
-GATE_UP = {
-    "mlp/gate": Tensor(LAYER + "mlp.gate_up_proj.weight", "+F D"),
-    "mlp/up": Tensor(LAYER + "mlp.gate_up_proj.weight", "+F D", after="F"),
+FUSED_EXPERTS = {
+    "mlp/router": Tensor(LAYER + "block_sparse_moe.router.layer.weight", "R D"),
+    "mlp/gate": Tensor(LAYER + "block_sparse_moe.input_linear.weight", "E +F D"),
+    "mlp/up": Tensor(
+        LAYER + "block_sparse_moe.input_linear.weight", "E +F D", after="F"
+    ),
+    "mlp/down": Tensor(LAYER + "block_sparse_moe.output_linear.weight", "E D F"),
 }
+
+
+def gate_up(prefix: str, both: str, down: str, ours: str) -> dict:
+    """Returns an MLP with gate and up in one tensor."""
+    return {
+        f"{ours}gate": Tensor(f"{prefix}{both}.weight", "+F D"),
+        f"{ours}up": Tensor(f"{prefix}{both}.weight", "+F D", after="F"),
+        f"{ours}down": Tensor(f"{prefix}{down}.weight", "D F"),
+    }
+
+
+GATE_UP = gate_up(LAYER + "mlp.", "gate_up_proj", "down_proj", "mlp/")
 BASE = dict(rms_norm_eps=1e-6, tie_word_embeddings=False, rope_theta=10_000.0)
 GEMMA = {"variant.norm_offset": True}
 GRANITE_KEYS = {

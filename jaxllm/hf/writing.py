@@ -8,12 +8,16 @@ from typing import Any
 from jaxllm.config import ModelConfig
 from jaxllm.errors import InputError
 from jaxllm.hf.families import FAMILIES
+from jaxllm.hf.layers import shortest, write_sparse
 from jaxllm.hf.rope import Settings, write_scaling
 from jaxllm.hf.settings import CHUNKED, FULL, PART, SLIDING, read_model
 from jaxllm.hf.table import Family
 
-# Not part of a model but of how it is run.
-RUNNING = ("dtype", "remat", "scan_layers")
+# Not part of a model but of how it is run or trained.
+RUNNING = (
+    *("dtype", "remat", "scan_layers", "moe.balance", "moe.balance_weight"),
+    *("moe.router_z_loss", "moe.capacity_factor"),
+)
 
 
 def write_model(model_type: str, model: ModelConfig) -> dict[str, Any]:
@@ -57,7 +61,7 @@ def family_of(model: ModelConfig) -> str:
 
 def differences(one: ModelConfig, other: ModelConfig) -> list[str]:
     """Returns the settings in which two models differ, as text."""
-    flat, again = _flatten(one), _flatten(other)
+    flat, again = (_flatten(model) | _meant(model) for model in (one, other))
     return [
         f"config.model.{name}={flat[name]!r} (but {again[name]!r})"
         for name in flat
@@ -73,11 +77,12 @@ def _write(family: Family, model_type: str, model: ModelConfig) -> dict[str, Any
         "model_type": model_type,
         # Those of the class where they are absent, which may be beyond the vocabulary.
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
+        **family.constants,
     }
     for name, key in family.keys.items():
         value = flat[name]
-        if name == "moe.d_ff_expert":
-            value = model.d_ff_expert
+        if name in ("moe.d_ff_expert", "moe.d_ff_shared"):
+            value = getattr(model, name.removeprefix("moe."))
         if name == "variant.attention_scale":
             value = model.head_dim**-0.5 if value is None else value
             if key == "query_pre_attn_scalar":
@@ -97,12 +102,38 @@ def _write(family: Family, model_type: str, model: ModelConfig) -> dict[str, Any
     if model_type == "gpt_neox":
         config["use_parallel_residual"] = model.variant.parallel == "two_norms"
     config |= _write_windows(family, model) | _write_rope(family, model)
+    return config | _write_experts(family, model)
+
+
+def _write_experts(family: Family, model: ModelConfig) -> dict[str, Any]:
+    """Returns which layers have experts, or the width of a model without any."""
+    layers = map(model.layer, range(model.num_layers))
+    config = write_sparse(family.sparse, tuple(layer.sparse for layer in layers))
+    if family.dense_width and not model.moe.num_experts:
+        config[family.dense_width] = model.d_ff
     return config
+
+
+def _meant(model: ModelConfig) -> Settings:
+    """Returns settings that can be written in several ways, in one of them."""
+    layers = [model.layer(number) for number in range(model.num_layers)]
+    return {
+        "windows": shortest(tuple(layer.window for layer in layers)),
+        "rope.layers": shortest(tuple(layer.rotates for layer in layers)),
+        "moe.layers": shortest(tuple(layer.sparse for layer in layers)),
+        "moe.first_dense": 0,
+        "moe.d_ff_expert": model.d_ff_expert,
+        "moe.d_ff_shared": model.d_ff_shared,
+        "moe.choice_bias": model.moe.has_choice_bias,
+    }
 
 
 def _write_windows(family: Family, model: ModelConfig) -> dict[str, Any]:
     if family.windows == "never":
-        return {}
+        if not family.layer_names:
+            return {}
+        old = {kind: name for name, kind in family.layer_names.items()}
+        return {"layer_types": [old[FULL]] * model.num_layers}
     if family.windows == "chunks":
         rotates = model.rope.layers * (model.num_layers // len(model.rope.layers))
         chunk = model.variant.attention_chunk or None
@@ -136,9 +167,13 @@ def _write_rope(family: Family, model: ModelConfig) -> dict[str, Any]:
         scaling["llama_4_scaling_beta"] = growth
     full = {"rope_theta": model.rope_theta, **scaling}
     full["rope_type"] = "default" if kind == "none" else kind
-    full |= _write_part(family, model)
-    top |= _write_part(family, model) | _write_listed(family, model)
+    part = _write_part(family, model)
+    full |= {key: value for key, value in part.items() if key != "rotary_dim"}
+    top |= part | _write_listed(family, model)
     top["rope_parameters"] = full
+    if family.rotated == "named":
+        rotates = all(layer.rotates for layer in model.period)
+        top["position_embedding_type"] = "rope" if rotates else None
     if rope.window_theta is not None:
         sliding = {"rope_theta": rope.window_theta, "rope_type": "default"}
         top["rope_parameters"] = {FULL: full, SLIDING: sliding}
@@ -165,6 +200,8 @@ def _write_part(family: Family, model: ModelConfig) -> dict[str, float]:
     part = (model.rope.dims or model.head_dim) / model.head_dim
     if "rotary_pct" in family.defaults:
         return {PART: part, "rotary_pct": part}
+    if "rotary_dim" in family.defaults:
+        return {PART: part, "rotary_dim": model.rope.dims or model.head_dim}
     return {PART: part} if PART in family.defaults else {}
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 HERE = Path(__file__).parent
+FILES = ("cases", "cases_mixtures", "cases_oss")  # of make_cases.py
 PROMPTS = (5, 11)  # tokens of the two rows that greedy decoding continues
 
 
@@ -29,17 +30,19 @@ draw = _drawn()
 @functools.cache
 def all_cases() -> dict[str, dict[str, Any]]:
     """Returns config.json and the shapes of all tensors, by case."""
-    files = sorted(HERE.glob("cases*.json"))
-    return {n: c for f in files for n, c in json.loads(f.read_text())["cases"].items()}
+    return {case: facts for file in FILES for case, facts in _cases(file).items()}
+
+
+@functools.cache
+def _cases(file: str) -> dict[str, dict[str, Any]]:
+    return json.loads((HERE / f"{file}.json").read_text())["cases"]
 
 
 def reference(case: str) -> dict[str, np.ndarray]:
     """Returns ids [2, 24], their logits, and greedy tokens [2, 40]; -1 is unknown."""
-    for file in HERE.glob("cases*.npz"):
-        with np.load(file) as arrays:
-            if f"{case}/ids" in arrays:
-                return {n: arrays[f"{case}/{n}"] for n in ("ids", "logits", "greedy")}
-    raise KeyError(case)
+    file = next(file for file in FILES if case in _cases(file))
+    with np.load(HERE / f"{file}.npz") as arrays:
+        return {n: arrays[f"{case}/{n}"] for n in ("ids", "logits", "greedy")}
 
 
 def tensors(case: str) -> dict[str, np.ndarray]:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hf.cases import PROMPTS, all_cases, reference, write_folder
 
+from jaxllm.errors import InputError
 from jaxllm.hf import load
 from jaxllm.hf.families import FAMILIES
 from jaxllm.hf.settings import read_model
@@ -26,7 +27,7 @@ TOLERANCE = 24 * float(np.finfo(np.float32).eps)
 FAST = (
     *("llama_llama3", "qwen3_yarn", "gemma2", "gemma3_text", "phi3_window", "olmo3"),
     *("gpt2", "gpt_neox", "cohere_qk_norm", "smollm3", "granitemoe", "ministral3"),
-    *("gpt_oss", "nanochat", "llama4_text"),
+    *("gpt_oss", "nanochat", "llama4_text", "qwen2_moe_interval", "glm4_moe"),
 )
 CASES = [
     pytest.param(case, marks=() if case in FAST else pytest.mark.slow)
@@ -141,6 +142,39 @@ def test_settings_that_cannot_be_honoured_are_refused_by_name(changes, said):
     with pytest.raises(ValueError, match=r"config\.json: ") as error:
         read_model(given, "config.json")
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "said"),
+    [
+        ("granitemoehybrid", {"layer_types": ["mamba"] * 3}, "layer_types has mamba"),
+        ("granitemoehybrid", {"layer_types": None}, "layer_types has mamba"),
+        ("glm4_moe", {"scoring_func": "softmax"}, "scoring_func='softmax' cannot be"),
+        ("qwen2_moe", {"use_sliding_window": True}, "use_sliding_window=True cannot"),
+        ("qwen3_moe_listed", {"mlp_only_layers": [0, 1, 2, 3, 4]}, "no layer experts"),
+        ("glm4_moe", {"first_k_dense_replace": 3}, "no layer experts"),
+    ],
+)
+def test_mixtures_that_cannot_be_honoured_are_refused_by_name(case, changes, said):
+    with pytest.raises(InputError, match=said):
+        read_model({**all_cases()[case]["config"], **changes}, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("step", "dense", "first", "layers"),
+    [
+        (1, [0, 1], 2, (True,)),
+        (2, [], 0, (False, True)),
+        (2, [1], 2, (False, True)),
+        (1, [0, 3, 4], 1, (True, True, True, False, False)),
+    ],
+)
+def test_few_layers_are_compiled_one_by_one(step, dense, first, layers):
+    given = {**all_cases()["qwen2_moe"]["config"], "num_hidden_layers": 6}
+    given |= {"decoder_sparse_step": step, "mlp_only_layers": dense}
+    given["layer_types"] = ["full_attention"] * 6
+    moe = read_model(given, "config.json")[1].moe
+    assert (moe.first_dense, moe.layers) == (first, layers)
 
 
 def test_the_document_lists_every_family():

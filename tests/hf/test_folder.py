@@ -111,7 +111,7 @@ def test_the_smallest_numbers_survive_though_their_file_is_not_aligned(dtype, tm
     "case",
     [
         *("llama_plain", "gpt2", "gpt_neox", "glm4", "mixtral", "granitemoe"),
-        *("gemma2", "gpt_oss"),
+        *("gemma2", "gpt_oss", "qwen2_moe", "glm4_moe", "granitemoehybrid"),
     ],
 )
 def test_a_model_without_origin_is_written_as_transformers_writes_it(case, tmp_path):
