@@ -6,7 +6,8 @@ Standard library only: a config can be read, written and refused without importi
 
 from jaxllm.config import presets
 from jaxllm.config.files import load_config, override
-from jaxllm.config.model import ModelConfig, MoEConfig
+from jaxllm.config.model import ModelConfig
+from jaxllm.config.moe import MoEConfig, MoEVariantConfig
 from jaxllm.config.sections import (
     AnomalyConfig,
     CheckpointConfig,
@@ -34,6 +35,7 @@ __all__ = [
     "LossConfig",
     "MeshConfig",
     "MoEConfig",
+    "MoEVariantConfig",
     "ModelConfig",
     "OptimizerConfig",
     "RopeConfig",

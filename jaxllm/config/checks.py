@@ -10,6 +10,11 @@ SMALLEST_FLOAT = 2.0**-126  # of float32 with all its digits; devices take less 
 LARGEST_FLOAT = 2.0**128 - 2.0**104
 
 
+# What is beyond these is a slip, and would be planned for minutes.
+MAX_WIDTH = 2**20
+MAX_COUNT = 2**16  # of layers, heads, experts
+
+
 def check_positive(section, name: str, fields: str):
     """Refuses a field of `config.<name>` that is not above 0, as int32 or float32."""
     for field in fields.split():

@@ -6,147 +6,25 @@ import math
 from typing import Literal
 
 from jaxllm.config.checks import (
+    MAX_COUNT,
+    MAX_WIDTH,
     check_at_most,
-    check_not_negative,
     check_positive,
     divisors,
     neighbours,
 )
+from jaxllm.config.moe import MoEConfig
 from jaxllm.config.variant import RopeConfig, VariantConfig
 from jaxllm.errors import InputError
 
-Balance = Literal["none", "loss", "bias"]
 Bias = Literal["none", "qkv", "attention", "all"]
 MLP = Literal["swiglu", "geglu", "swiglu_clamped", "gelu", "gelu_exact", "relu2"]
 PLAIN_MLPS = ("gelu", "gelu_exact", "relu2")  # without a gate
 Dtype = Literal["bfloat16", "float32"]
 Remat = Literal["none", "full", "dots", "save_attention"]
 
-# What is beyond these is a slip, and would be planned for minutes.
-MAX_WIDTH = 2**20
-MAX_COUNT = 2**16  # of layers, heads, experts
 MAX_UNROLLED = 128  # layers that are traced one by one
 MAX_MATRIX = 2**40  # numbers of a parameter of one layer: 4 TiB
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MoEConfig:
-    """Mixture of experts in place of every layer's MLP, if num_experts is above 0."""
-
-    num_experts: int = 0  # experts per layer, instead of one MLP; 0: a dense model
-    experts_per_token: int = 1  # top-k: experts that each token is routed to
-    d_ff_expert: int = 0  # hidden width of an expert; 0: the same as d_ff
-    num_shared_experts: int = 0  # further experts that every token passes through
-    router: Literal["softmax", "sigmoid"] = "softmax"  # turns router logits into scores
-    renormalize: bool = False  # divide the scores of a token's experts by their sum
-    balance: Balance = "none"  # load balancing: an auxiliary loss, or router biases
-    balance_weight: float = 0.01  # weight of the balance loss; step size of the biases
-    router_z_loss: float = 0.0  # weight of the squared log of the router's denominator
-    share_of: Literal["output", "input"] = "output"  # of experts, what scores multiply
-    capacity_factor: float | None = None  # expert capacity / even load; None: dropless
-    first_dense: int = 0  # leading layers that have an MLP of width d_ff, no experts
-    layers: tuple[bool, ...] = (True,)  # whether each layer has experts, cyclic
-    d_ff_shared: int = 0  # hidden width of a shared expert; 0: that of an expert
-    shared_gate: bool = False  # multiply shared experts by a sigmoid gate of the token
-    route_scale: float = 1.0  # multiplies the scores of a token's experts
-    groups: int = 1  # groups of experts, some of which each token chooses from
-    groups_per_token: int = 1  # groups with the best experts, for each token
-    group_best: int = 2  # experts of a group whose scores, added up, rank it
-    choice_bias: bool = False  # bias of scores for the choice, from a file, not trained
-
-    def __post_init__(self):
-        check_positive(
-            self,
-            "model.moe",
-            "experts_per_token capacity_factor route_scale groups groups_per_token "
-            "group_best",
-        )
-        check_not_negative(
-            self,
-            "model.moe",
-            "num_experts d_ff_expert num_shared_experts balance_weight router_z_loss "
-            "first_dense d_ff_shared",
-        )
-        check_at_most(
-            self,
-            "model.moe",
-            num_experts=MAX_COUNT,
-            num_shared_experts=MAX_COUNT,
-            d_ff_expert=MAX_WIDTH,
-            d_ff_shared=MAX_WIDTH,
-        )
-        if not self.num_experts:
-            self._check_dense()
-            return
-        if not any(self.layers):
-            raise InputError(
-                f"config.model.moe.layers={self.layers} gives no layer experts; use "
-                "(True,) for all layers, or config.model.moe.num_experts=0."
-            )
-        if self.experts_per_token > self.num_experts:
-            raise InputError(
-                f"config.model.moe.experts_per_token={self.experts_per_token} must not "
-                f"be above config.model.moe.num_experts={self.num_experts}."
-            )
-        if self.renormalize and self.experts_per_token == 1:
-            raise InputError(
-                "config.model.moe.renormalize=True makes every score 1 with "
-                "config.model.moe.experts_per_token=1, and the router would learn "
-                "nothing; use config.model.moe.renormalize=False or more experts."
-            )
-        if self.router_z_loss and self.router == "sigmoid":
-            raise InputError(
-                f"config.model.moe.router_z_loss={self.router_z_loss} needs the "
-                "denominator of a softmax; use config.model.moe.router=softmax or 0."
-            )
-
-        for name in ("d_ff_shared", "shared_gate"):
-            if (value := getattr(self, name)) and not self.num_shared_experts:
-                raise InputError(
-                    f"config.model.moe.{name}={value} needs shared experts, but "
-                    "config.model.moe.num_shared_experts=0; set it."
-                )
-        if self.groups > 1:
-            self._check_groups()
-
-    def _check_groups(self):
-        if self.num_experts % self.groups:
-            raise InputError(
-                f"config.model.moe.groups={self.groups} must divide "
-                f"config.model.moe.num_experts={self.num_experts}; use one of "
-                f"{divisors(self.num_experts)}."
-            )
-        size = self.num_experts // self.groups
-        if self.group_best > size:
-            raise InputError(
-                f"config.model.moe.group_best={self.group_best} must not be above the "
-                f"{size} experts of a group."
-            )
-        if self.groups_per_token > self.groups:
-            raise InputError(
-                f"config.model.moe.groups_per_token={self.groups_per_token} must not "
-                f"be above config.model.moe.groups={self.groups}."
-            )
-        if self.experts_per_token > self.groups_per_token * size:
-            raise InputError(
-                f"config.model.moe.experts_per_token={self.experts_per_token} must not "
-                f"be above the {self.groups_per_token * size} experts of "
-                f"config.model.moe.groups_per_token={self.groups_per_token}."
-            )
-
-    @property
-    def has_choice_bias(self) -> bool:
-        """Whether routers have biases for the choice of experts, trained or not."""
-        return self.choice_bias or self.balance == "bias"
-
-    def _check_dense(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value != field.default:
-                raise InputError(
-                    f"config.model.moe.{field.name}={value} needs experts, but "
-                    "config.model.moe.num_experts=0 makes every layer dense; set it."
-                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +60,9 @@ class ModelConfig:
     dtype: Dtype = "bfloat16"  # dtype of activations and matmuls; weights are float32
     remat: Remat = "none"  # recomputation in backward; none: nothing, full: all
     scan_layers: bool = True  # compile one period of layers and scan; false: unroll
-    moe: MoEConfig = MoEConfig()  # mixture of experts in place of the MLP
+    moe: MoEConfig = dataclasses.field(
+        default_factory=MoEConfig
+    )  # mixture of experts in place of the MLP
     rope: RopeConfig = dataclasses.field(
         default_factory=RopeConfig
     )  # rotary position embedding, beyond its theta
@@ -230,10 +110,10 @@ class ModelConfig:
         self._check_layers()
         self._check_size()
         self._check_rope()
-        if self.moe.share_of == "input" and self.bias == "all":
+        if self.moe.variant.share_of == "input" and self.bias == "all":
             raise InputError(
-                "config.model.moe.share_of=input is not for experts with biases; use "
-                "config.model.bias=attention, or share_of=output."
+                "config.model.moe.variant.share_of=input is not for experts with "
+                "biases; use config.model.bias=attention, or share_of=output."
             )
         if self.variant.attention_chunk and (
             any(self.windows) or self.variant.attention_sinks
@@ -251,14 +131,14 @@ class ModelConfig:
             )
 
     def _check_layers(self):
-        first = self.moe.first_dense
+        first = self.moe.variant.first_dense
         if first >= self.num_layers:
             raise InputError(
-                f"config.model.moe.first_dense={first} leaves none of "
+                f"config.model.moe.variant.first_dense={first} leaves none of "
                 f"config.model.num_layers={self.num_layers} with experts; use at most "
                 f"{self.num_layers - 1}, or config.model.moe.num_experts=0."
             )
-        behind = f" less config.model.moe.first_dense={first}" if first else ""
+        behind = f" less config.model.moe.variant.first_dense={first}" if first else ""
         number = self.num_layers - first
         for name, entries in self._cycles.items():
             if number % len(entries):
@@ -319,7 +199,7 @@ class ModelConfig:
         return {
             "windows": self.windows,
             "rope.layers": self.rope.layers,
-            "moe.layers": self.moe.layers,
+            "moe.variant.layers": self.moe.variant.layers,
         }
 
     def layer(self, number: int) -> Layer:
@@ -327,25 +207,28 @@ class ModelConfig:
         window, rotates, sparse = (
             entries[number % len(entries)] for entries in self._cycles.values()
         )
-        has_experts = self.moe.num_experts > 0 and number >= self.moe.first_dense
-        return Layer(window, rotates, sparse and has_experts)
+        if not self.moe.num_experts or number < self.moe.variant.first_dense:
+            sparse = False
+        return Layer(window, rotates, sparse)
 
     @property
     def leading(self) -> tuple[Layer, ...]:
         """The layers in front of those whose kinds repeat."""
-        return tuple(self.layer(number) for number in range(self.moe.first_dense))
+        return tuple(
+            self.layer(number) for number in range(self.moe.variant.first_dense)
+        )
 
     @property
     def period(self) -> tuple[Layer, ...]:
         """The layers behind the leading ones, up to where their kinds begin again."""
         size = math.lcm(*map(len, self._cycles.values()))
-        first = self.moe.first_dense
+        first = self.moe.variant.first_dense
         return tuple(self.layer(number) for number in range(first, first + size))
 
     @property
     def num_sparse_layers(self) -> int:
         """How many layers have experts."""
-        repeats = (self.num_layers - self.moe.first_dense) // len(self.period)
+        repeats = (self.num_layers - self.moe.variant.first_dense) // len(self.period)
         return repeats * sum(layer.sparse for layer in self.period)
 
     @property
@@ -356,4 +239,4 @@ class ModelConfig:
     @property
     def d_ff_shared(self) -> int:
         """The hidden width of a shared expert."""
-        return self.moe.d_ff_shared or self.d_ff_expert
+        return self.moe.variant.d_ff_shared or self.d_ff_expert

@@ -9,7 +9,8 @@ The numbers of parameters are those of the preset as it is.
 import dataclasses
 from typing import Any
 
-from jaxllm.config.model import ModelConfig, MoEConfig
+from jaxllm.config.model import ModelConfig
+from jaxllm.config.moe import MoEConfig
 
 
 def tiny_1m(**changes: Any) -> ModelConfig:

@@ -90,7 +90,7 @@ class VariantConfig:
     positions: int = 0  # learned position embeddings, for rows up to this; 0: none
     query_growth: float = 0.0  # b of 1 + b log(1 + position // rope.original_length)
     nope_growth: float = 0.0  # b of 1 + b log(1 + (position + 1) // nope_length)
-    nope_length: int = 8192  # of nope_growth, which is for layers without RoPE
+    nope_length: int = 8192  # tokens of a step of nope_growth, in layers without RoPE
     attention_chunk: int = 0  # layers with RoPE see so many positions a chunk; 0: all
 
     def __post_init__(self):

@@ -16,7 +16,7 @@ Sparse = Literal["all", "behind", "unlisted", "between"]
 def read_sparse(
     rule: Sparse, get: Callable[..., Any], num_layers: int, cycle: int
 ) -> Settings:
-    """Returns moe.first_dense and moe.layers.
+    """Returns moe.variant.first_dense and moe.variant.layers.
 
     Args:
       rule: of the family.
@@ -85,4 +85,4 @@ def _fewest(sparse: tuple[bool, ...], cycle: int) -> Settings:
             layers = tuple(behind[(n - first) % size] for n in range(size))
             found.append((first + math.lcm(size, cycle), size, first, layers))
     *_, first, layers = min(found)
-    return {"moe.first_dense": first, "moe.layers": layers}
+    return {"moe.variant.first_dense": first, "moe.variant.layers": layers}

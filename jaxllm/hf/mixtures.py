@@ -55,7 +55,7 @@ MIXTURES: Mapping[str, Family] = {
             "qk_norm": True,
             "moe.router": "sigmoid",
             "moe.renormalize": True,
-            "moe.choice_bias": True,
+            "moe.variant.choice_bias": True,
         },
         keys=KEYS
         | {
@@ -226,7 +226,7 @@ MIXTURES: Mapping[str, Family] = {
         architecture="Llama4ForCausalLM",
         fixed={
             "moe.router": "sigmoid",
-            "moe.share_of": "input",
+            "moe.variant.share_of": "input",
             "moe.num_shared_experts": 1,
             "rope.interleaved": True,
             "variant.qk_norm": "rotated",

@@ -7,10 +7,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jaxllm.config import ModelConfig, MoEConfig, RopeConfig, VariantConfig
-from jaxllm.config.files import check_types
+from jaxllm.config import ModelConfig
 from jaxllm.errors import InputError
 from jaxllm.hf.families import FAMILIES
+from jaxllm.hf.flat import build
 from jaxllm.hf.layers import read_sparse, shortest
 from jaxllm.hf.quantized import without_quantization
 from jaxllm.hf.rope import SCALINGS, Settings
@@ -18,7 +18,6 @@ from jaxllm.hf.table import DROPOUTS, IGNORED, Family
 
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 PART = "partial_rotary_factor"
-_SECTIONS = {"moe": MoEConfig, "rope": RopeConfig, "variant": VariantConfig}
 
 
 def read_model(config: Mapping[str, Any], place: str) -> tuple[str, ModelConfig]:
@@ -49,7 +48,7 @@ def read_model(config: Mapping[str, Any], place: str) -> tuple[str, ModelConfig]
             raise
         raise InputError(f"{place}: a setting has a wrong value ({error}).") from error
     reader.check_all_read()
-    return model_type, _build(settings, place)
+    return model_type, build(settings, place)
 
 
 def _check_architectures(config: Mapping[str, Any], place: str) -> None:
@@ -372,25 +371,6 @@ class _Reader:
                 "not known."
             )
         return settings
-
-
-def _build(settings: Settings, place: str) -> ModelConfig:
-    nested: dict[str, Any] = {}
-    for name, value in settings.items():
-        section, _, field = name.rpartition(".")
-        if section:
-            nested.setdefault(section, {})[field] = value
-        else:
-            nested[field] = value
-    try:
-        for section, kind in _SECTIONS.items():
-            nested[section] = kind(**nested.get(section, {}))
-            check_types(nested[section])
-        model = ModelConfig(**nested)
-        check_types(model)
-    except (InputError, TypeError) as error:
-        raise InputError(f"{place}: {error}") from error
-    return model
 
 
 def load_json(path: Any) -> dict[str, Any]:

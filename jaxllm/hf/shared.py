@@ -25,16 +25,20 @@ CHOICE_BIAS = {
     "mlp/router_bias": Tensor(LAYER + "mlp.gate.e_score_correction_bias", "R")
 }
 # Scores are sigmoids, experts are chosen from groups, and layers in front are dense.
-DEEPSEEK = {"moe.router": "sigmoid", "moe.choice_bias": True, "moe.group_best": 2}
+DEEPSEEK = {
+    "moe.router": "sigmoid",
+    "moe.variant.choice_bias": True,
+    "moe.variant.group_best": 2,
+}
 DEEPSEEK_KEYS = {
     "moe.num_experts": "n_routed_experts",
     "moe.experts_per_token": "num_experts_per_tok",
     "moe.d_ff_expert": "moe_intermediate_size",
     "moe.num_shared_experts": "n_shared_experts",
     "moe.renormalize": "norm_topk_prob",
-    "moe.route_scale": "routed_scaling_factor",
-    "moe.groups": "n_group",
-    "moe.groups_per_token": "topk_group",
+    "moe.variant.route_scale": "routed_scaling_factor",
+    "moe.variant.groups": "n_group",
+    "moe.variant.groups_per_token": "topk_group",
 }
 DEEPSEEK_TENSORS = LLAMA | EXPERTS | SHARED_EXPERTS | DENSE_LAYERS | CHOICE_BIAS
 # What files of DeepSeek's code say beside; transformers has it in its code.
@@ -47,13 +51,13 @@ DEEPSEEK_SAYS = {
 SHARED: Mapping[str, Family] = {
     "qwen2_moe": Family(
         architecture="Qwen2MoeForCausalLM",
-        fixed={"moe.num_shared_experts": 1, "moe.shared_gate": True},
+        fixed={"moe.num_shared_experts": 1, "moe.variant.shared_gate": True},
         keys=KEYS
         | {
             "moe.num_experts": "num_experts",
             "moe.experts_per_token": "num_experts_per_tok",
             "moe.d_ff_expert": "moe_intermediate_size",
-            "moe.d_ff_shared": "shared_expert_intermediate_size",
+            "moe.variant.d_ff_shared": "shared_expert_intermediate_size",
             "moe.renormalize": "norm_topk_prob",
         },
         defaults=BASE
@@ -140,7 +144,7 @@ SHARED: Mapping[str, Family] = {
             "variant.logit_scale": "1/logits_scaling",
             "moe.num_experts": "num_local_experts",
             "moe.experts_per_token": "num_experts_per_tok",
-            "moe.d_ff_shared": "shared_intermediate_size",
+            "moe.variant.d_ff_shared": "shared_intermediate_size",
         },
         aliases={"layer_types": "layers_block_type"},
         defaults=BASE
@@ -177,7 +181,7 @@ SHARED: Mapping[str, Family] = {
         fixed={
             "rope.interleaved": True,
             "moe.renormalize": True,
-            "moe.choice_bias": True,
+            "moe.variant.choice_bias": True,
         },
         keys=KEYS
         | {

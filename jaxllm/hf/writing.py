@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """ModelConfig to config.json, by the table of a family."""
 
-import dataclasses
 import math
 from typing import Any
 
 from jaxllm.config import ModelConfig
 from jaxllm.errors import InputError
 from jaxllm.hf.families import FAMILIES
+from jaxllm.hf.flat import flatten
 from jaxllm.hf.layers import shortest, write_sparse
 from jaxllm.hf.rope import Settings, write_scaling
 from jaxllm.hf.settings import CHUNKED, FULL, PART, SLIDING, read_model
@@ -61,7 +61,7 @@ def family_of(model: ModelConfig) -> str:
 
 def differences(one: ModelConfig, other: ModelConfig) -> list[str]:
     """Returns the settings in which two models differ, as text."""
-    flat, again = (_flatten(model) | _meant(model) for model in (one, other))
+    flat, again = (flatten(model) | _meant(model) for model in (one, other))
     return [
         f"config.model.{name}={flat[name]!r} (but {again[name]!r})"
         for name in flat
@@ -71,7 +71,7 @@ def differences(one: ModelConfig, other: ModelConfig) -> list[str]:
 
 def _write(family: Family, model_type: str, model: ModelConfig) -> dict[str, Any]:
     """Returns the config.json that a family's table makes of a model."""
-    flat = _flatten(model)
+    flat = flatten(model)
     config: dict[str, Any] = {
         "architectures": [family.architecture],
         "model_type": model_type,
@@ -81,8 +81,8 @@ def _write(family: Family, model_type: str, model: ModelConfig) -> dict[str, Any
     }
     for name, key in family.keys.items():
         value = flat[name]
-        if name in ("moe.d_ff_expert", "moe.d_ff_shared"):
-            value = getattr(model, name.removeprefix("moe."))
+        if name in ("moe.d_ff_expert", "moe.variant.d_ff_shared"):
+            value = getattr(model, name.rpartition(".")[2])
         if name == "variant.attention_scale":
             value = model.head_dim**-0.5 if value is None else value
             if key == "query_pre_attn_scalar":
@@ -120,11 +120,11 @@ def _meant(model: ModelConfig) -> Settings:
     return {
         "windows": shortest(tuple(layer.window for layer in layers)),
         "rope.layers": shortest(tuple(layer.rotates for layer in layers)),
-        "moe.layers": shortest(tuple(layer.sparse for layer in layers)),
-        "moe.first_dense": 0,
+        "moe.variant.layers": shortest(tuple(layer.sparse for layer in layers)),
+        "moe.variant.first_dense": 0,
         "moe.d_ff_expert": model.d_ff_expert,
-        "moe.d_ff_shared": model.d_ff_shared,
-        "moe.choice_bias": model.moe.has_choice_bias,
+        "moe.variant.d_ff_shared": model.d_ff_shared,
+        "moe.variant.choice_bias": model.moe.has_choice_bias,
     }
 
 
@@ -211,13 +211,3 @@ def _write_listed(family: Family, model: ModelConfig) -> dict[str, list[int]]:
         return {}
     layers = model.rope.layers * (model.num_layers // len(model.rope.layers))
     return {"no_rope_layers": [int(each) for each in layers]}
-
-
-def _flatten(model: ModelConfig) -> Settings:
-    return {
-        f"{name}.{inner}" if isinstance(value, dict) else name: (
-            value[inner] if isinstance(value, dict) else value
-        )
-        for name, value in dataclasses.asdict(model).items()
-        for inner in (value if isinstance(value, dict) else (name,))
-    }

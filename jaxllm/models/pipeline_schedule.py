@@ -120,9 +120,9 @@ def schedule_stages(
         )
     if leading := len(model.leading):
         raise ShardingError(
-            f"config.model.moe.first_dense={leading} puts layers in front of those "
-            f"that {where} cuts, and no stage has them; use stage=1, with expert, "
-            "fsdp or tensor instead."
+            f"config.model.moe.variant.first_dense={leading} puts layers in front of "
+            f"those that {where} cuts, and no stage has them; use stage=1, with "
+            "expert, fsdp or tensor instead."
         )
     groups, period = num_stages * num_rounds, len(model.period)
     periods = model.num_layers // period

@@ -215,7 +215,7 @@ def _matrices(model: ModelConfig, num_experts: int) -> int:
     router = model.d_model * model.moe.num_experts
     experts = num_experts * _mlp(model, model.d_ff_expert)
     shared = model.moe.num_shared_experts * _mlp(model, model.d_ff_shared)
-    shared += model.d_model * model.moe.shared_gate
+    shared += model.d_model * model.moe.variant.shared_gate
     return attention + router + experts + shared
 
 

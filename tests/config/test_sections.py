@@ -172,7 +172,9 @@ def test_every_setting_says_what_it_means():
 
 
 def test_there_are_about_80_settings_at_most_beside_those_of_imported_models():
-    imported = ("config.model.rope.", "config.model.variant.")
+    imported = tuple(
+        f"config.model.{section}." for section in ("rope", "variant", "moe.variant")
+    )
     own = [each for each in settings() if not each.name.startswith(imported)]
     assert len(own) <= 88
 
@@ -213,9 +215,9 @@ def test_chunks_are_refused_beside_windows_sinks_and_rows_without_ends(changes):
 
 
 def test_a_share_of_the_input_is_refused_beside_biases():
-    share = {"model.moe.num_experts": 8, "model.moe.share_of": "input"}
+    share = {"model.moe.num_experts": 8, "model.moe.variant.share_of": "input"}
     override(CONFIG, share)
-    with pytest.raises(InputError, match=r"moe\.share_of=input is not for"):
+    with pytest.raises(InputError, match=r"variant\.share_of=input is not for"):
         override(CONFIG, {**share, "model.bias": "all"})
 
 
@@ -238,21 +240,28 @@ def test_settings_of_experts_without_experts_are_refused():
         ({"layers": (False,)}, "gives no layer experts"),
         (
             {"first_dense": 1, "layers": (True, False)},
-            "num_layers=4 less config.model.moe.first_dense=1 must be a multiple of "
-            "the 2 entries of config.model.moe.layers=(True, False); use 3 or 5",
+            "num_layers=4 less config.model.moe.variant.first_dense=1 must be a "
+            "multiple of the 2 entries of config.model.moe.variant.layers="
+            "(True, False); use 3 or 5",
         ),
         ({"shared_gate": True}, "shared_gate=True needs shared experts"),
         ({"groups": 3}, "groups=3 must divide config.model.moe.num_experts=8"),
         ({"groups": 4, "group_best": 3}, "group_best=3 must not be above the 2"),
         ({"groups": 4, "groups_per_token": 5}, "groups_per_token=5 must not be above"),
-        ({"groups": 4, "experts_per_token": 3}, "must not be above the 2 experts of"),
+        ({"groups": 5}, "groups=5 must divide config.model.moe.num_experts=8"),
     ],
 )
 def test_mixtures_that_cannot_be_are_refused(changes, said):
-    moe = {f"model.moe.{name}": value for name, value in changes.items()}
+    moe = {f"model.moe.variant.{name}": value for name, value in changes.items()}
     settings = {"model.num_layers": 4, "model.moe.num_experts": 8, **moe}
     with pytest.raises(InputError, match=re.escape(said)):
         override(CONFIG, settings)
+
+
+def test_a_group_has_at_least_the_experts_of_a_token():
+    settings = {"model.moe.num_experts": 8, "model.moe.variant.groups": 4}
+    with pytest.raises(InputError, match=r"must not be above the 2 experts of"):
+        override(CONFIG, {**settings, "model.moe.experts_per_token": 3})
 
 
 def test_a_section_in_a_section_is_changed_together_with_it():

@@ -174,7 +174,7 @@ def test_few_layers_are_compiled_one_by_one(step, dense, first, layers):
     given |= {"decoder_sparse_step": step, "mlp_only_layers": dense}
     given["layer_types"] = ["full_attention"] * 6
     moe = read_model(given, "config.json")[1].moe
-    assert (moe.first_dense, moe.layers) == (first, layers)
+    assert (moe.variant.first_dense, moe.variant.layers) == (first, layers)
 
 
 def test_the_document_lists_every_family():

@@ -27,6 +27,7 @@ from jaxllm.config import (
     LossConfig,
     ModelConfig,
     MoEConfig,
+    MoEVariantConfig,
     OptimizerConfig,
     override,
 )
@@ -41,22 +42,24 @@ MIXTURES = {
         renormalize=True,
         balance="loss",
         router_z_loss=1e-3,
-        first_dense=1,
+        variant=MoEVariantConfig(first_dense=1),
     ),
     "capacity": MoEConfig(
         num_experts=8,
         experts_per_token=3,
         d_ff_expert=16,
         num_shared_experts=1,
-        d_ff_shared=24,
-        shared_gate=True,
         router="sigmoid",
-        groups=4,
-        groups_per_token=2,
-        route_scale=1.5,
         balance="bias",
         balance_weight=1e-3,
         capacity_factor=1.0,
+        variant=MoEVariantConfig(
+            d_ff_shared=24,
+            shared_gate=True,
+            groups=4,
+            groups_per_token=2,
+            route_scale=1.5,
+        ),
     ),
 }
 PAIRS = [

@@ -54,7 +54,7 @@ def run(mlp: MLP, x_BTD: jax.Array, params: dict[str, jax.Array]) -> jax.Array:
     def call(x_BTD, state):
         return nnx.merge(graphdef, state)(x_BTD)
 
-    return _with_remat(call, mlp.config)(x_BTD, state)
+    return _with_remat(call, mlp.config, scanned=mlp.config.scan_layers)(x_BTD, state)
 
 
 def plain(mlp: MLP, x_BTD: jax.Array, params: dict[str, jax.Array]) -> jax.Array:

@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 
-from jaxllm.config import ModelConfig, MoEConfig
+from jaxllm.config import ModelConfig, MoEConfig, MoEVariantConfig
 from jaxllm.models.pipeline_schedule import Schedule, schedule_stages
 from sharding import ShardingError
 
@@ -111,7 +111,7 @@ def test_moves_bring_each_stored_group_to_its_stage_and_round(schedule):
     assert arrived == {(g % stages, g // stages): g for g in range(stages * rounds)}
 
 
-LEADING = MoEConfig(num_experts=4, first_dense=2)
+LEADING = MoEConfig(num_experts=4, variant=MoEVariantConfig(first_dense=2))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxllm.config import MoEConfig
+from jaxllm.config import MoEConfig, MoEVariantConfig
 from jaxllm.models.moe.routing import route
 
 B, T, E = 2, 16, 6
@@ -196,7 +196,9 @@ def test_a_bias_changes_the_choice_and_no_share():
 @pytest.mark.parametrize("group_best", [1, 2])
 def test_a_token_has_experts_of_its_best_group_alone(group_best):
     logits = draw_logits()
-    options = config(router="sigmoid", groups=3, group_best=group_best)
+    options = config(
+        router="sigmoid", variant=MoEVariantConfig(groups=3, group_best=group_best)
+    )
     bias = np.linspace(-0.3, 0.3, E, dtype=np.float32)[::-1]
     routes, _ = routed(logits, EVERY, options, None, bias)
     rank = 1 / (1 + np.exp(-logits)) + bias
@@ -213,13 +215,14 @@ def test_a_token_has_experts_of_its_best_group_alone(group_best):
 def test_a_scale_multiplies_every_share():
     logits = draw_logits()
     plain, _ = routed(logits, EVERY, config(renormalize=True))
-    scaled, _ = routed(logits, EVERY, config(renormalize=True, route_scale=2.5))
+    variant = MoEVariantConfig(route_scale=2.5)
+    scaled, _ = routed(logits, EVERY, config(renormalize=True, variant=variant))
     expected = np.asarray(plain.share_BTA) * np.float32(2.5)
     np.testing.assert_array_equal(scaled.share_BTA, expected)
 
 
 def test_a_constant_bias_has_no_gradient():
-    options = config(choice_bias=True, balance="loss")
+    options = config(balance="loss", variant=MoEVariantConfig(choice_bias=True))
 
     def total(bias):
         routes, stats = routed(draw_logits(), EVERY, options, None, bias)

@@ -15,6 +15,7 @@ from jaxllm.config import (
     LossConfig,
     ModelConfig,
     MoEConfig,
+    MoEVariantConfig,
     RopeConfig,
     VariantConfig,
     presets,
@@ -80,12 +81,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
             experts_per_token=2,
             d_ff_expert=8,
             num_shared_experts=1,
-            d_ff_shared=12,
-            shared_gate=True,
-            choice_bias=True,
-            route_scale=1.5,
-            first_dense=1,
-            layers=(False, True),
+            variant=MoEVariantConfig(
+                d_ff_shared=12,
+                shared_gate=True,
+                choice_bias=True,
+                route_scale=1.5,
+                first_dense=1,
+                layers=(False, True),
+            ),
         ),
     ),
 }
@@ -368,7 +371,7 @@ def test_every_parameter_has_letters_for_its_shape_and_a_gradient(option):
     for path, leaf in jax.tree.leaves_with_path(gradients):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         assert len(model.letters[name]) == leaf.ndim, name
-        constant = model.config.moe.choice_bias and name.endswith("router_bias")
+        constant = model.config.moe.variant.choice_bias and name.endswith("router_bias")
         assert np.any(leaf) != constant, name
 
 

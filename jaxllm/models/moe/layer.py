@@ -48,7 +48,7 @@ class MoE(nnx.Module):
             # As one: they all have every token.
             width = moe.num_shared_experts * config.d_ff_shared
             self.shared = MLP(config, keys[4], width)
-        if moe.shared_gate:
+        if moe.variant.shared_gate:
             self.shared_gate = matrix(jax.random.fold_in(key, 1), (d,), "D", 0.02)
 
     def __call__(
@@ -74,7 +74,7 @@ class MoE(nnx.Module):
             capacity=capacity,
             implementation=self.kernels.grouped_matmul,
             limit=self.config.variant.mlp_limit,
-            share_of=moe.share_of,
+            share_of=moe.variant.share_of,
         )
         weights = {"up": self.up[...], "down": self.down[...]}
         if self.config.mlp not in PLAIN_MLPS:
@@ -93,7 +93,7 @@ class MoE(nnx.Module):
 
     def _shared(self, x_BTD):
         out_BTD = self.shared(x_BTD)
-        if not self.config.moe.shared_gate:
+        if not self.config.moe.variant.shared_gate:
             return out_BTD
         gate_D = sharding.gather(self.shared_gate[...], "D", jnp.float32)
         gate_BT = jax.nn.sigmoid(

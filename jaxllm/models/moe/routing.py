@@ -57,7 +57,7 @@ def route(
     log_BTR = logits_BTR if is_softmax else jax.nn.log_sigmoid(logits_BTR)
     part_BTR = jax.nn.softmax(log_BTR)
     scores_BTR = part_BTR if is_softmax else jax.nn.sigmoid(logits_BTR)
-    rank_BTR = scores_BTR if config.groups > 1 else logits_BTR
+    rank_BTR = scores_BTR if config.variant.groups > 1 else logits_BTR
     if bias_R is not None:
         rank_BTR = scores_BTR + bias_R[None, None]
     choice_BTA = _choose(rank_BTR, config)
@@ -65,8 +65,8 @@ def route(
         share_BTA = jax.nn.softmax(_read(log_BTR, choice_BTA))
     else:
         share_BTA = _read(scores_BTR, choice_BTA)
-    if config.route_scale != 1.0:
-        share_BTA = share_BTA * config.route_scale
+    if config.variant.route_scale != 1.0:
+        share_BTA = share_BTA * config.variant.route_scale
     is_token_BT1 = is_token_BT[:, :, None]
     choice_BTA = jnp.where(is_token_BT1, choice_BTA, config.num_experts)
     share_BTA = jnp.where(is_token_BT1, share_BTA, 0.0)
@@ -81,7 +81,7 @@ def route(
 
 def _choose(rank_BTR, config):
     def pick(rank_BTR):
-        if config.groups > 1:
+        if config.variant.groups > 1:
             rank_BTR = _in_best_groups(rank_BTR, config)
         return jax.lax.top_k(rank_BTR, config.experts_per_token)[1]
 
@@ -95,10 +95,10 @@ def _in_best_groups(rank_BTR, config):
 
     Source: DeepSeek-AI, "DeepSeek-V3 Technical Report" (arXiv:2412.19437), 2.1.2.
     """
-    grouped = rank_BTR.reshape(*rank_BTR.shape[:2], config.groups, -1)
-    best = jax.lax.top_k(grouped, config.group_best)[0].sum(-1)
-    chosen = jax.lax.top_k(best, config.groups_per_token)[1]
-    is_chosen = jax.nn.one_hot(chosen, config.groups, dtype=bool).any(-2)
+    grouped = rank_BTR.reshape(*rank_BTR.shape[:2], config.variant.groups, -1)
+    best = jax.lax.top_k(grouped, config.variant.group_best)[0].sum(-1)
+    chosen = jax.lax.top_k(best, config.variant.groups_per_token)[1]
+    is_chosen = jax.nn.one_hot(chosen, config.variant.groups, dtype=bool).any(-2)
     return jnp.where(is_chosen[..., None], grouped, -jnp.inf).reshape(rank_BTR.shape)
 
 
