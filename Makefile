@@ -2,6 +2,7 @@
 # make test         install the development tools, then run the tests but the long proofs
 # make test-slow    install a CUDA toolchain too, then run those: kernels and steps
 #                   compiled for H200s, SLURM, killed runs, more meshes and processes
+# make test-whole   run what those have a share of: all families of models, on meshes too
 # make test-oldest  install the oldest jax that is supported, run the kernels' tests
 # make check        lint, format and types
 # make format       rewrite files as `make check` wants them
@@ -13,17 +14,20 @@ KERNEL_TESTS = tests/kernels tests/plan/test_kernels.py tests/step/test_step_ker
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 PYTEST = .venv/bin/python -m pytest -q -n 2 --dist worksteal --durations=10
 
-.PHONY: quickstart test test-slow test-oldest check format notebook
+.PHONY: quickstart test test-slow test-whole test-oldest check format notebook
 
 quickstart:
 	@PYTHON="$(PYTHON)" scripts/quickstart.sh
 
 test: .venv/dev
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not whole"
 
 # With all of XLA's optimizations, as in a user's run; `make test` leaves most of them out.
 test-slow: .venv/dev .venv/cuda
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PYTEST) -m slow
+
+test-whole: .venv/dev
+	$(PYTEST) -m whole
 
 # XLA, Mosaic and ptxas come with jax: what one version compiles well another may not.
 test-oldest: .venv/oldest/done

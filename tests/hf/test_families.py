@@ -51,20 +51,24 @@ def test_logits_are_those_of_transformers(case, tmp_path):
     np.testing.assert_allclose(found, known["logits"], rtol=0, atol=bound)
 
 
+def _marks(case: str, seen: set[str]):
+    """Returns the marks of a case, which CI has for one of each family."""
+    if case in ("gemma2", "gpt2", "llama4_text"):
+        return ()
+    kind = all_cases()[case]["config"]["model_type"]
+    again = kind in seen
+    seen.add(kind)
+    return pytest.mark.whole if again else pytest.mark.slow
+
+
 # Longrope takes its factors by the length of the row: transformers by that of the text
 # so far, which changes while it generates.
 GREEDY = [case for case in all_cases() if case != "phi3_longrope"]
+_SEEN: set[str] = set()
 
 
 @pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(
-            case,
-            marks=() if case in ("gemma2", "gpt2", "llama4_text") else pytest.mark.slow,
-        )
-        for case in GREEDY
-    ],
+    "case", [pytest.param(case, marks=_marks(case, _SEEN)) for case in GREEDY]
 )
 def test_greedy_tokens_of_prompts_of_two_lengths_are_those_of_transformers(
     case, tmp_path

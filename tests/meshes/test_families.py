@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every family of transformers learns from text, on a mesh as on one device."""
+"""Families of transformers learn from text, on a mesh as on one device.
+
+CI trains one of each mechanism, `make test-whole` the others.
+"""
 
 import dataclasses
 import functools
@@ -35,9 +38,22 @@ def shrink(model: ModelConfig) -> ModelConfig:
     mixed = len(set(model.windows)) > 1
     window = 8 if any(model.windows) else 0
     rotated = (True, False) if len(set(model.rope.layers)) > 1 else model.rope.layers
-    moe = model.moe
+    moe, variant = model.moe, model.variant
     if moe.num_experts:
-        moe = dataclasses.replace(moe, num_experts=4, d_ff_expert=16)
+        mixture = moe.variant
+        mixture = dataclasses.replace(
+            mixture,
+            first_dense=2 if mixture.first_dense else 0,
+            layers=(False, True) if len(set(mixture.layers)) > 1 else (True,),
+            d_ff_shared=24 if mixture.d_ff_shared else 0,
+            groups=2 if mixture.groups > 1 else 1,
+            groups_per_token=1,
+        )
+        moe = dataclasses.replace(
+            moe, num_experts=4, experts_per_token=2, d_ff_expert=16, variant=mixture
+        )
+    if variant.attention_chunk:
+        variant = dataclasses.replace(variant, attention_chunk=8)
     return dataclasses.replace(
         model,
         vocab_size=WORDS,
@@ -50,6 +66,7 @@ def shrink(model: ModelConfig) -> ModelConfig:
         windows=(window, 0) if mixed else (window,),
         rope=dataclasses.replace(model.rope, layers=rotated),
         moe=moe,
+        variant=variant,
         dtype="float32",
     )
 
@@ -100,16 +117,21 @@ def train(config: Config, mesh: str, steps: int) -> Trained:
 def meshes(family: str) -> list[str]:
     """Returns meshes that together have all axes which apply."""
     model = config_of(family).model
-    context = "tensor" if model.variant.attention_sinks else "context"
-    found = ["data 2 x fsdp 2 x tensor 2", f"stage 2 x {context} 2 x fsdp 2"]
+    stage = "data" if model.leading else "stage"  # which has no layers in front
+    found = ["data 2 x fsdp 2 x tensor 2", f"{stage} 2 x context 2 x fsdp 2"]
     return found + ["expert 2 x fsdp 2 x tensor 2"] * (model.moe.num_experts > 0)
 
 
-def marked(*values: str, fast: str):
-    return pytest.param(*values, marks=() if values[0] == fast else pytest.mark.slow)
+# In CI: two norms, experts with biases, layers in front, chunks, a parallel block.
+CHOSEN = ("gemma2", "gpt_oss", "glm4_moe", "llama4_text", "cohere2")
 
 
-@pytest.mark.parametrize("family", [marked(each, fast="gemma2") for each in FAMILIES])
+def marked(*values: str):
+    mark = pytest.mark.slow if values[0] in CHOSEN else pytest.mark.whole
+    return pytest.param(*values, marks=mark)
+
+
+@pytest.mark.parametrize("family", [marked(each) for each in FAMILIES])
 def test_a_family_learns_from_text(family):
     loss = train(config_of(family), ONE_DEVICE, STEPS).metrics["loss"]
     print(f"\n{family:<14} loss {loss[0]:.2f} -> {loss[-5:].mean():.2f}")
@@ -118,7 +140,7 @@ def test_a_family_learns_from_text(family):
 
 @pytest.mark.parametrize(
     ("family", "mesh"),
-    [marked(f, mesh, fast="") for f in FAMILIES for mesh in meshes(f)],
+    [marked(family, mesh) for family in FAMILIES for mesh in meshes(family)],
 )
 def test_a_family_trains_on_a_mesh_as_on_one_device(family, mesh):
     config = config_of(family)
