@@ -12,7 +12,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 HERE = Path(__file__).parent
-FILES = ("cases", "cases_mixtures", "cases_oss")  # of make_cases.py
+FILES = ("cases", "cases_mixtures", "cases_others")  # of make_cases.py
 PROMPTS = (5, 11)  # tokens of the two rows that greedy decoding continues
 
 

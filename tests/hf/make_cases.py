@@ -193,8 +193,20 @@ CASES = {
     "granitemoe": dict(SIZES, **LOCAL_EXPERTS, **GRANITE),
     "granitemoe_tied": dict(SIZES, **LOCAL_EXPERTS, **GRANITE, **TIED),
 }
-# Of their own routing, activations or masks.
-OSS_CASES = {
+# Of their own routing, activations or masks, and further ones of the above.
+OTHERS = {
+    "exaone4_tied": dict(
+        WIDE, **TIED, **FOUR, sliding_window=7, sliding_window_pattern=2
+    ),
+    "ministral_tied": dict(WIDE, **TIED, rope_parameters=LINEAR, sliding_window=6),
+    "ministral3_tied": dict(
+        SIZES,
+        **TIED,
+        rms_norm_eps=1e-6,
+        rope_parameters=dict(
+            YARN, factor=2.0, llama_4_scaling_beta=0.3, mscale=1.0, mscale_all_dim=1.0
+        ),
+    ),
     # The limit is low enough to act on these small weights.
     "gpt_oss": dict(
         WIDE | FOUR,
@@ -329,7 +341,7 @@ MIXTURES = {
     ),
 }
 # By the name of the files, so that new cases leave the bytes of others alone.
-FILES = {"cases": CASES, "cases_oss": OSS_CASES, "cases_mixtures": MIXTURES}
+FILES = {"cases": CASES, "cases_others": OTHERS, "cases_mixtures": MIXTURES}
 TYPES = sorted(
     "llama qwen2 qwen3 qwen3_moe mistral ministral ministral3 gemma gemma2 gemma3_text "
     "phi3 olmo2 olmo3 olmoe granite granitemoe smollm3 gpt2 gpt_neox starcoder2 cohere "
