@@ -66,7 +66,12 @@ def export(
     if rows and rows < config.vocab_size:  # more than in the folder, for a mesh
         config = dataclasses.replace(config, vocab_size=rows)
     model_type = carried.model_type or family_of(config)
-    content = {**write_model(model_type, config), **carried.config}
+    written = write_model(model_type, config)
+    content = {**written, **carried.config}
+    if FAMILIES[model_type].layer_names:
+        content["layer_types"] = written[
+            "layer_types"
+        ]  # names that version 4 knows too
     content.pop(QUANTIZATION, None)  # tensors are written as plain ones
     _check_settings(content, config)
     layout = _layout(Model(config), model_type, carried, dtype)

@@ -2,6 +2,7 @@
 """A folder is read whole, placed as asked for, and written bitwise the same."""
 
 import dataclasses
+import json
 
 import jax
 import ml_dtypes
@@ -309,3 +310,17 @@ def test_nothing_is_written_where_something_is(tmp_path):
     with pytest.raises(InputError, match="is not empty"):
         export(config, params, tmp_path / "out", carried=Carried())
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+def test_names_of_layers_that_only_version_5_knows_are_written_in_both_versions_words(
+    tmp_path,
+):
+    folder = write_folder("granitemoehybrid", tmp_path / "model")
+    given = json.loads((folder / "config.json").read_text())
+    assert given["layer_types"] == ["full_attention"] * 3  # version 4 refuses that
+    config, params = load(folder)
+    with Folder(folder) as opened:
+        carry(opened, tmp_path / "run")
+    export(config, params, tmp_path / "out", carried=read_carried(tmp_path / "run"))
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["layer_types"] == ["attention"] * 3
