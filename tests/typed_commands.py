@@ -93,6 +93,7 @@ ELSEWHERE = {  # beginning of a command: why it does not run here
     "python scripts/bench_train.py": "minutes, and a calm machine",
     "python scripts/chaos.py": "takes an hour; tests/run/test_resume.py does less",
     "python scripts/compile_step.py": "tests/step/test_step_offline.py does",
+    "python scripts/measure_import.py": "minutes, and a calm machine",
     "python scripts/longest.py": "tests/house/test_longest.py does",
     "python scripts/settings_table.py": "tests/house/test_flags.py makes it",
     "scripts/compile_step.py": "tests/step/test_step_offline.py does",

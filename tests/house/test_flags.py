@@ -281,8 +281,8 @@ def test_help_of_an_unknown_section_lists_the_sections():
         flags.section_help("optimiser")
     assert str(error.value) == (
         "--help=optimiser is not a section of settings; use one of config, model, "
-        "model.moe, model.rope, model.variant, data, mesh, kernels, loss, optimizer, "
-        "eval, checkpoint, anomaly, logging, distributed."
+        "model.moe, model.moe.variant, model.rope, model.variant, data, mesh, kernels, "
+        "loss, optimizer, eval, checkpoint, anomaly, logging, distributed."
     )
 
 
