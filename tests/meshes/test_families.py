@@ -27,6 +27,11 @@ TOLERANCE = 1e-6  # of a loss, as the project promises
 # Of the first gradient's norm: a sum over tokens in another order. Later ones differ
 # more, as Adam makes a whole step of a rounding where a gradient is almost zero.
 SUM_TOLERANCE = float(np.finfo(np.float32).eps * np.sqrt(ROWS * LENGTH))
+# With seed 0 something is within a rounding of where a function jumps. minimax_m2: two
+# experts of a token at step 2, whose expert is another on a mesh. gpt_oss, with all of
+# XLA's optimizations: a value at the clamp, so the first gradient's norm differs by
+# 4.4e-5, where seed 1 gives 2e-7, and so does seed 0 without them.
+SEEDS = {"gpt_oss": 1, "minimax_m2": 1}
 # The first case of each family.
 FAMILIES: dict[str, str] = {}
 for name, facts in all_cases().items():
@@ -75,6 +80,7 @@ def config_of(family: str) -> Config:
     _, model = read_model(all_cases()[FAMILIES[family]]["config"], family)
     return Config(
         steps=STEPS,
+        seed=SEEDS.get(family, 0),
         model=shrink(model),
         data=DataConfig(paths=("none",), sequence_length=LENGTH, batch_size=ROWS),
         optimizer=OptimizerConfig(lr=1e-2, warmup_steps=5, microbatches=2),
@@ -104,7 +110,7 @@ def batch_of(setup: Setup, step: int) -> dict[str, jax.Array]:
     return jax.device_put(batch, setup.abstract_batch["tokens"].sharding)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=2)  # all programs of all families would not fit
 def train(config: Config, mesh: str, steps: int) -> Trained:
     setup = make_setup(config, mesh)
     step, state = compile_step(setup), init_state(setup)
