@@ -11,6 +11,7 @@ from jaxllm.hf.table import (
     FLAT_NORMS,
     GATE_UP,
     GEMMA,
+    GRANITE_BASE,
     GRANITE_KEYS,
     KEYS,
     LAYER,
@@ -205,14 +206,8 @@ DENSE: Mapping[str, Family] = {
     ),
     "granite": Family(
         architecture="GraniteForCausalLM",
-        keys=KEYS | GRANITE_KEYS | {"variant.logit_scale": "1/logits_scaling"},
-        defaults=BASE
-        | dict(
-            embedding_multiplier=1.0,
-            attention_multiplier=1.0,
-            residual_multiplier=1.0,
-            logits_scaling=1.0,
-        ),
+        keys=KEYS | GRANITE_KEYS,
+        defaults=GRANITE_BASE,
         activations=SILU,
         biases=BIASES,
         tensors=LLAMA,

@@ -9,10 +9,12 @@ from jaxllm.hf.table import (
     EXPERTS,
     FLAT_NORMS,
     FUSED_EXPERTS,
+    GRANITE_BASE,
     GRANITE_KEYS,
     KEYS,
     LAYER,
     LLAMA,
+    LOCAL_EXPERTS,
     PRE_NORMS,
     SILU,
     Family,
@@ -31,11 +33,7 @@ MIXTURES: Mapping[str, Family] = {
     "mixtral": Family(
         architecture="MixtralForCausalLM",
         fixed={"moe.router": "softmax", "moe.renormalize": True},
-        keys=KEYS
-        | {
-            "moe.num_experts": "num_local_experts",
-            "moe.experts_per_token": "num_experts_per_tok",
-        },
+        keys=KEYS | LOCAL_EXPERTS,
         defaults=BASE
         | dict(
             rms_norm_eps=1e-5,
@@ -57,11 +55,7 @@ MIXTURES: Mapping[str, Family] = {
             "moe.renormalize": True,
             "moe.variant.choice_bias": True,
         },
-        keys=KEYS
-        | {
-            "moe.num_experts": "num_local_experts",
-            "moe.experts_per_token": "num_experts_per_tok",
-        },
+        keys=KEYS | LOCAL_EXPERTS,
         defaults=BASE
         | dict(
             head_dim=128,
@@ -148,19 +142,9 @@ MIXTURES: Mapping[str, Family] = {
         architecture="GraniteMoeForCausalLM",
         # Top-k of the logits, then a softmax of those: a softmax renormalised.
         fixed={"moe.router": "softmax", "moe.renormalize": True},
-        keys=KEYS
-        | GRANITE_KEYS
-        | {
-            "variant.logit_scale": "1/logits_scaling",
-            "moe.num_experts": "num_local_experts",
-            "moe.experts_per_token": "num_experts_per_tok",
-        },
-        defaults=BASE
+        keys=KEYS | GRANITE_KEYS | LOCAL_EXPERTS,
+        defaults=GRANITE_BASE
         | dict(
-            embedding_multiplier=1.0,
-            attention_multiplier=1.0,
-            residual_multiplier=1.0,
-            logits_scaling=1.0,
             num_local_experts=8,
             num_experts_per_tok=2,
         ),
@@ -177,9 +161,8 @@ MIXTURES: Mapping[str, Family] = {
             "variant.attention_sinks": True,
         },
         keys=KEYS
+        | LOCAL_EXPERTS
         | {
-            "moe.num_experts": "num_local_experts",
-            "moe.experts_per_token": "num_experts_per_tok",
             "variant.mlp_limit": "swiglu_limit",
         },
         aliases={"num_experts_per_tok": "experts_per_token"},
@@ -232,10 +215,9 @@ MIXTURES: Mapping[str, Family] = {
             "variant.qk_norm": "rotated",
         },
         keys=KEYS
+        | LOCAL_EXPERTS
         | {
             "qk_norm": "use_qk_norm",
-            "moe.num_experts": "num_local_experts",
-            "moe.experts_per_token": "num_experts_per_tok",
             "variant.attention_chunk": "attention_chunk_size",
             "variant.nope_growth": "attn_scale",
             "variant.nope_length": "floor_scale",

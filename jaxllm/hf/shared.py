@@ -8,10 +8,12 @@ from jaxllm.hf.table import (
     BASE,
     EXPERTS,
     FUSED_EXPERTS,
+    GRANITE_BASE,
     GRANITE_KEYS,
     KEYS,
     LAYER,
     LLAMA,
+    LOCAL_EXPERTS,
     SILU,
     Family,
     Tensor,
@@ -140,19 +142,13 @@ SHARED: Mapping[str, Family] = {
         },
         keys=KEYS
         | GRANITE_KEYS
+        | LOCAL_EXPERTS
         | {
-            "variant.logit_scale": "1/logits_scaling",
-            "moe.num_experts": "num_local_experts",
-            "moe.experts_per_token": "num_experts_per_tok",
             "moe.variant.d_ff_shared": "shared_intermediate_size",
         },
         aliases={"layer_types": "layers_block_type"},
-        defaults=BASE
+        defaults=GRANITE_BASE
         | dict(
-            embedding_multiplier=1.0,
-            attention_multiplier=1.0,
-            residual_multiplier=1.0,
-            logits_scaling=1.0,
             num_local_experts=8,
             num_experts_per_tok=2,
             shared_intermediate_size=1024,

@@ -270,6 +270,18 @@ GRANITE_KEYS = {
     "variant.embedding_scale": "embedding_multiplier",
     "variant.attention_scale": "attention_multiplier",
     "variant.residual_scale": "residual_multiplier",
+    "variant.logit_scale": "1/logits_scaling",
+}
+GRANITE_BASE = BASE | dict(
+    embedding_multiplier=1.0,
+    attention_multiplier=1.0,
+    residual_multiplier=1.0,
+    logits_scaling=1.0,
+)
+# Of families whose key for the number of experts is that of Mixtral.
+LOCAL_EXPERTS = {
+    "moe.num_experts": "num_local_experts",
+    "moe.experts_per_token": "num_experts_per_tok",
 }
 # `bias` by the keys of the families that are written as Llama is.
 BIASES = {

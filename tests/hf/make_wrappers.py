@@ -14,26 +14,13 @@ import numpy as np
 import safetensors.torch
 import torch  # pyright: ignore[reportMissingImports]
 import transformers  # pyright: ignore[reportMissingImports]
+from make_cases import LENGTH, WIDE, YARN
 from transformers import (  # pyright: ignore[reportMissingImports]
     AutoConfig,
     AutoModelForImageTextToText,
 )
 from weights import draw
 
-LENGTH = 24
-TEXT = dict(
-    vocab_size=37,
-    hidden_size=20,
-    head_dim=6,
-    intermediate_size=28,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=0,
-)
 VISION = dict(
     hidden_size=8,
     intermediate_size=12,
@@ -42,15 +29,7 @@ VISION = dict(
     image_size=8,
     patch_size=4,
 )
-YARN = dict(
-    rope_type="yarn",
-    rope_theta=1e4,
-    factor=4.0,
-    original_max_position_embeddings=16,
-    llama_4_scaling_beta=0.1,
-    mscale=1.0,
-    mscale_all_dim=1.0,
-)
+QUERIES_GROW = dict(YARN, llama_4_scaling_beta=0.1, mscale=1.0, mscale_all_dim=1.0)
 MISTRAL3 = dict(
     vision_config=dict(VISION, model_type="pixtral", head_dim=4),
     image_token_index=36,
@@ -59,7 +38,7 @@ MISTRAL3 = dict(
 CASES = {
     "gemma3": dict(
         text_config=dict(
-            TEXT,
+            WIDE,
             model_type="gemma3_text",
             num_hidden_layers=6,
             sliding_window=5,
@@ -72,21 +51,22 @@ CASES = {
         eoi_token_index=34,
     ),
     "mistral3": dict(
-        MISTRAL3, text_config=dict(TEXT, model_type="ministral3", rope_parameters=YARN)
+        MISTRAL3,
+        text_config=dict(WIDE, model_type="ministral3", rope_parameters=QUERIES_GROW),
     ),
     "mistral3_mistral_untied": dict(
         MISTRAL3,
-        text_config=dict(TEXT, model_type="mistral", sliding_window=5),
+        text_config=dict(WIDE, model_type="mistral", sliding_window=5),
         tie_word_embeddings=False,
     ),
     "llava": dict(
-        text_config=dict(TEXT, model_type="llama"),
+        text_config=dict(WIDE, model_type="llama"),
         vision_config=dict(VISION, model_type="clip_vision_model", projection_dim=8),
         image_token_index=36,
     ),
     "internvl": dict(
         text_config={
-            **{name: value for name, value in TEXT.items() if name != "head_dim"},
+            **{name: value for name, value in WIDE.items() if name != "head_dim"},
             "hidden_size": 24,
             "model_type": "qwen2",
         },
