@@ -179,7 +179,9 @@ def check(folder: Folder) -> tuple[Model, Rename]:
     known = {rename(name) for name in wanted}
     if config.tie_embeddings:
         known.add(rename(family.tensors["output"].name))
-    skipped = (*family.skipped, *([OTHER_HALF] if folder.wrapper else []))
+    number = str(config.num_layers)
+    skipped = [pattern.replace("{L}", number) for pattern in family.skipped]
+    skipped += [OTHER_HALF] if folder.wrapper else []
     for name in folder.names.keys() - known:
         if not any(re.fullmatch(pattern, name) for pattern in skipped):
             problems.append(f"{name} is not a parameter of this model")

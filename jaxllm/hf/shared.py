@@ -107,8 +107,7 @@ SHARED: Mapping[str, Family] = {
         ignored=("num_mtp_layers", "num_nextn_predict_layers"),
         sparse="behind",
         tensors=DEEPSEEK_TENSORS,
-        # Layers behind the last one predict further tokens: of 4.5-Air, of 4.5 to 4.7.
-        skipped=(r"model\.layers\.(46|92)\..*",),
+        skipped=(r"model\.layers\.{L}\..*",),  # behind the last, for further tokens
     ),
     "dots1": Family(
         architecture="Dots1ForCausalLM",

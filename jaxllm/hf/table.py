@@ -66,7 +66,7 @@ class Family:
         it has some.
       tensors: where each parameter is, by its path without the number of the block.
         "dense/up" is "mlp/up" of a layer without experts, where it is apart.
-      skipped: patterns of tensors that are no parameters.
+      skipped: patterns of tensors that are no parameters; {L} is the number of layers.
     """
 
     architecture: str

@@ -74,7 +74,7 @@ def _check_tokens(folder: Folder) -> str:
     """Refuses ids of the tokenizer, and of ends of texts, that have no row.
 
     Returns:
-      which added tokens have none, as in intact models: Gemma 3 1B has one for images.
+      which added tokens have none: published models may have more than rows.
     """
     rows, known, said = folder.config.vocab_size, None, ""
     path = folder.path / TOKENIZER

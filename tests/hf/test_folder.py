@@ -324,3 +324,17 @@ def test_names_of_layers_that_only_version_5_knows_are_written_in_both_versions_
     export(config, params, tmp_path / "out", carried=read_carried(tmp_path / "run"))
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["layer_types"] == ["attention"] * 3
+
+
+def test_a_layer_behind_the_last_is_left_out_where_the_family_has_such_and_no_other(
+    tmp_path,
+):
+    folder = write_folder("glm4_moe", tmp_path / "model")  # of three layers
+    config, params = load(folder)
+    put("model.layers.3.eh_proj.weight", np.ones((2, 2), np.float32))(folder)
+    again, same = load(folder)
+    assert again == config
+    jax.tree.map(np.testing.assert_array_equal, same, params)
+    put("model.layers.4.eh_proj.weight", np.ones((2, 2), np.float32))(folder)
+    with pytest.raises(InputError, match=r"layers\.4\.eh_proj\.weight is not a param"):
+        load(folder)
